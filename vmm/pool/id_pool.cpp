@@ -1,0 +1,107 @@
+#include "pool/id_pool.hpp"
+
+#include <algorithm>
+#include <bit>
+
+namespace kvspan {
+
+namespace {
+
+constexpr std::memory_order relaxed = std::memory_order_relaxed;
+constexpr std::memory_order acquire = std::memory_order_acquire;
+constexpr std::memory_order release = std::memory_order_release;
+constexpr std::memory_order acq_rel = std::memory_order_acq_rel;
+
+constexpr std::uint64_t pack(IdPool::Admission a) { return (std::uint64_t{a.bump} << 32) | a.free; }
+
+constexpr IdPool::Admission unpack(std::uint64_t word) {
+  return {static_cast<std::uint32_t>(word >> 32), static_cast<std::uint32_t>(word)};
+}
+
+// Spreads threads over cursors; it means nothing else, and no two pools meet in it.
+std::uint32_t thread_number() noexcept {
+  static std::atomic<std::uint32_t> n_threads{0};
+  thread_local std::uint32_t number = 0;  // 0: none yet; a constant, so access needs no guard
+  if (number == 0) number = n_threads.fetch_add(1, relaxed) + 1;
+  return number;
+}
+
+}  // namespace
+
+IdPool::IdPool(SizeClass c, std::uint32_t capacity)
+    : class_(c), capacity_(capacity), tree_(capacity) {}
+
+bool IdPool::take(std::span<FrameId> out) noexcept {
+  if (out.size() > capacity_) return false;
+  const auto wanted = static_cast<std::uint32_t>(out.size());
+  // relaxed: only a guess, which the exchange below checks.
+  std::uint64_t seen = admit_.load(relaxed);
+  std::uint32_t n_recycled = 0;
+  Admission now;
+  do {
+    now = unpack(seen);
+    n_recycled = std::min(wanted, now.free);
+    if (wanted - n_recycled > capacity_ - now.bump) return false;
+    // acquire: see the bits that givers set before they added to `free`; release: whoever reads the
+    // new bump knows of everything that came before it.
+  } while (!admit_.compare_exchange_weak(
+      seen, pack({now.bump + (wanted - n_recycled), now.free - n_recycled}), acq_rel, relaxed));
+
+  if (n_recycled != 0) collect(out.first(n_recycled), now.bump);
+  for (std::uint32_t i = n_recycled; i < wanted; ++i) {
+    out[i] = FrameId(class_, now.bump + (i - n_recycled));
+  }
+  return true;
+}
+
+// Fills `out` with ids from the tree, which this thread is owed. `bump` is as it was at admission.
+void IdPool::collect(std::span<FrameId> out, std::uint32_t bump) noexcept {
+  const std::uint32_t slot = thread_number() % kCursors;
+  std::atomic<std::uint32_t>& cursor = cursors_[slot].word;
+  // relaxed, here and below: a place to begin, any value will do.
+  const std::uint32_t begin = cursor.load(relaxed);
+  std::uint32_t n_words = (bump - 1) / 64 + 1;
+  std::uint32_t word = begin;
+  if (word >= n_words) {
+    word = static_cast<std::uint32_t>(std::uint64_t{slot} * n_words / kCursors);
+  }
+
+  std::size_t n_found = 0;
+  while (n_found < out.size()) {
+    const auto missing = static_cast<std::uint32_t>(out.size() - n_found);
+    IdBits ids = tree_.claim(word, missing);
+    if (ids.mask == 0) ids = tree_.scan(n_words, missing);
+    if (ids.mask == 0) {
+      // Others came first at every word. What is owed may by now be an id that was fresh before.
+      n_words = (admission().bump - 1) / 64 + 1;
+      continue;
+    }
+    word = ids.word;
+    for (; ids.mask != 0; ids.mask &= ids.mask - 1) {
+      const auto low = static_cast<std::uint32_t>(std::countr_zero(ids.mask));
+      out[n_found++] = FrameId(class_, word * 64 + low);
+    }
+  }
+  if (word != begin) cursor.store(word, relaxed);
+}
+
+IdPool::Admission IdPool::admission() const noexcept {
+  // acquire: who reads a count also sees what was done before it came about.
+  return unpack(admit_.load(acquire));
+}
+
+IdPool::Return::~Return() {
+  flush(0);
+  // release: the bits come first, so that no taker is admitted to an id that it cannot find.
+  if (n_added_ != 0) pool_.admit_.fetch_add(n_added_, release);
+}
+
+void IdPool::Return::flush(std::uint32_t next_word) noexcept {
+  if (pending_.mask != 0) {
+    const std::uint64_t refused = pool_.tree_.set(pending_);
+    n_added_ += static_cast<std::uint32_t>(std::popcount(pending_.mask & ~refused));
+  }
+  pending_ = {next_word, 0};
+}
+
+}  // namespace kvspan
