@@ -1,0 +1,373 @@
+#include "backend/contract.hpp"
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "core/errors.hpp"
+#include "core/sizes.hpp"
+
+namespace kvspan::test {
+
+namespace {
+
+FrameId frame(unsigned size_class, std::uint32_t index) {
+  return {SizeClass(static_cast<std::uint8_t>(size_class)), index};
+}
+
+Bytes last(Bytes size) { return size - Bytes(1); }
+
+void traits_hold(const ContractSubject& s) {
+  const auto b = s.make_with(4);
+  BOOST_TEST(b->traits().page_size.value == s.page_size.value);
+  BOOST_TEST(!b->traits().device.empty());
+  BOOST_TEST(b->usable());
+  const MemoryInfo memory = b->memory_info();
+  BOOST_TEST(memory.total.value > 0u);
+  BOOST_TEST(memory.available.value <= memory.total.value);
+}
+
+void reservations_are_aligned_and_apart(const ContractSubject& s) {
+  const auto b = s.make_with(4);
+  std::vector<VirtualRange> ranges;
+  for (std::uint32_t pages : {1u, 7u, 4096u, 3u}) {
+    ranges.push_back(b->reserve(s.page_size * pages, Unmapped::fault));
+    BOOST_TEST(ranges.back().base.value % s.page_size.value == 0u);
+    BOOST_TEST(ranges.back().size.value == (s.page_size * pages).value);
+  }
+  for (std::size_t i = 0; i < ranges.size(); ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
+      BOOST_TEST((ranges[i].end() <= ranges[j].base || ranges[j].end() <= ranges[i].base));
+    }
+  }
+  for (const VirtualRange range : ranges) b->free(range);
+  BOOST_TEST(b->failure_count() == 0u);
+}
+
+void zero_policy_is_kept_or_refused(const ContractSubject& s) {
+  const auto b = s.make_with(2);
+  if (!b->traits().zero_on_unmapped) {
+    BOOST_CHECK_THROW(b->reserve(s.page_size, Unmapped::zero), InvalidArgument);
+    return;
+  }
+  const VirtualRange range = b->reserve(s.page_size * 3, Unmapped::zero);
+  b->create({frame(0, 0), 1});
+  b->map(range.base + s.page_size, {frame(0, 0), 1}, Access::read_write);
+  b->fill(range.base + s.page_size, 0xab, s.page_size, {});
+  b->wait(b->record_fence({}));
+  BOOST_TEST(s.peek(*b, range.base) == 0);
+  BOOST_TEST(s.peek(*b, range.base + s.page_size) == 0xab);
+  BOOST_TEST(s.peek(*b, range.base + s.page_size * 2) == 0);
+  b->unmap({range.base + s.page_size, s.page_size}, 1);
+  BOOST_TEST(s.peek(*b, range.base + s.page_size) == 0);
+  b->release({frame(0, 0), 1});
+  b->free(range);
+}
+
+void frames_are_created_zeroed(const ContractSubject& s) {
+  const auto b = s.make_with(8);
+  const VirtualRange range = b->reserve(s.page_size * 8, Unmapped::fault);
+  const FrameRun run{frame(0, 1), 3};
+  const Bytes size = s.page_size * 3;
+  for (int round = 0; round < 2; ++round) {
+    b->create(run);
+    b->map(range.base, run, Access::read_write);
+    for (Bytes at{}; at < size; at += Bytes(s.page_size.value / 8)) {
+      BOOST_TEST(s.peek(*b, range.base + at) == 0);
+    }
+    BOOST_TEST(s.peek(*b, range.base + last(size)) == 0);
+    b->fill(range.base, 0xee, size, {});
+    b->wait(b->record_fence({}));
+    b->unmap({range.base, size}, 3);
+    b->release(run);
+  }
+  b->free(range);
+  BOOST_TEST(b->failure_count() == 0u);
+}
+
+void bytes_stay_with_the_frame(const ContractSubject& s) {
+  const auto b = s.make_with(4);
+  const VirtualRange range = b->reserve(s.page_size * 4, Unmapped::fault);
+  const FrameRun run{frame(0, 2), 1};
+  b->create(run);
+  b->map(range.base, run, Access::read_write);
+  b->fill(range.base, 0x11, s.page_size, {});
+  b->wait(b->record_fence({}));
+  b->unmap({range.base, s.page_size}, 1);
+  b->map(range.base + s.page_size * 3, run, Access::read);
+  BOOST_TEST(s.peek(*b, range.base + s.page_size * 3) == 0x11);
+  BOOST_TEST(s.peek(*b, range.base + last(s.page_size * 4)) == 0x11);
+  b->unmap({range.base + s.page_size * 3, s.page_size}, 1);
+  b->release(run);
+  b->free(range);
+}
+
+void one_frame_under_two_pages_is_shared(const ContractSubject& s) {
+  const auto b = s.make_with(2);
+  const VirtualRange one = b->reserve(s.page_size, Unmapped::fault);
+  const VirtualRange two = b->reserve(s.page_size * 2, Unmapped::fault);
+  const FrameRun run{frame(0, 0), 1};
+  b->create(run);
+  b->map(one.base, run, Access::read_write);
+  b->map(two.base + s.page_size, run, Access::read);
+  b->fill(one.base, 0x5c, s.page_size, {});
+  b->wait(b->record_fence({}));
+  BOOST_TEST(s.peek(*b, two.base + last(s.page_size * 2)) == 0x5c);
+  b->unmap(one, 1);
+  BOOST_TEST(s.peek(*b, two.base + s.page_size) == 0x5c);
+  b->unmap({two.base + s.page_size, s.page_size}, 1);
+  b->release(run);
+  b->free(one);
+  b->free(two);
+}
+
+void runs_lie_in_order_and_unmap_by_frame(const ContractSubject& s) {
+  const auto b = s.make_with(8);
+  const VirtualRange range = b->reserve(s.page_size * 8, Unmapped::fault);
+  const FrameRun run{frame(0, 2), 4};
+  b->create(run);
+  for (std::uint32_t i = 0; i < 4; ++i) {  // written one by one, elsewhere
+    const Address at = range.base + s.page_size * 7;
+    b->map(at, {run.first.next(i), 1}, Access::read_write);
+    b->fill(at, static_cast<std::uint8_t>(i + 1), s.page_size, {});
+    b->wait(b->record_fence({}));
+    b->unmap({at, s.page_size}, 1);
+  }
+  b->map(range.base + s.page_size, run, Access::read_write);
+  const auto at_page = [&](std::uint32_t page) { return range.base + s.page_size * page; };
+  for (std::uint32_t i = 0; i < 4; ++i) {
+    BOOST_TEST(s.peek(*b, at_page(1 + i)) == i + 1);
+    BOOST_TEST(s.peek(*b, at_page(1 + i) + last(s.page_size)) == i + 1);
+  }
+  b->unmap({at_page(2), s.page_size * 2}, 2);
+  BOOST_TEST(s.peek(*b, at_page(1)) == 1);
+  BOOST_TEST(s.peek(*b, at_page(4)) == 4);
+  b->map(at_page(2), {run.first.next(2), 1}, Access::read_write);  // another one in the gap
+  BOOST_TEST(s.peek(*b, at_page(2)) == 3);
+  b->unmap({at_page(1), s.page_size * 2}, 2);
+  b->unmap({at_page(4), s.page_size}, 1);
+  b->release(run);
+  b->free(range);
+  BOOST_TEST(b->failure_count() == 0u);
+}
+
+void classes_do_not_overlap(const ContractSubject& s) {
+  const auto b = s.make_with(16);
+  const VirtualRange range = b->reserve(s.page_size * 16, Unmapped::fault);
+  // The first and last frames of each class, where a wrong offset would meet a neighbour's bytes.
+  const std::vector<FrameId> frames = {frame(0, 0), frame(0, 15), frame(1, 0),
+                                       frame(1, 7), frame(2, 0),  frame(2, 3)};
+  std::uint8_t value = 1;
+  for (const FrameId f : frames) {
+    b->create({f, 1});
+    b->map(range.base, {f, 1}, Access::read_write);
+    const Bytes size = size_of(pages_of(f.size_class()), s.page_size);
+    b->fill(range.base, value++, size, {});
+    b->wait(b->record_fence({}));
+    b->unmap({range.base, size}, 1);
+  }
+  value = 1;
+  for (const FrameId f : frames) {
+    const Bytes size = size_of(pages_of(f.size_class()), s.page_size);
+    b->map(range.base, {f, 1}, Access::read);
+    for (Bytes at{}; at < size; at += s.page_size) {
+      BOOST_TEST(s.peek(*b, range.base + at) == value);
+      BOOST_TEST(s.peek(*b, range.base + at + last(s.page_size)) == value);
+    }
+    b->unmap({range.base, size}, 1);
+    b->release({f, 1});
+    ++value;
+  }
+  b->free(range);
+}
+
+void copy_and_fill_keep_to_their_bytes(const ContractSubject& s) {
+  const auto b = s.make_with(2);
+  const VirtualRange range = b->reserve(s.page_size * 2, Unmapped::fault);
+  const FrameRun run{frame(0, 0), 2};
+  b->create(run);
+  b->map(range.base, run, Access::read_write);
+  const Address to = range.base + s.page_size;
+  b->fill(range.base, 1, s.page_size, {});
+  b->fill(range.base + Bytes(100), 2, Bytes(50), {});
+  b->copy(to + Bytes(10), range.base + Bytes(99), Bytes(52), {});
+  b->wait(b->record_fence({}));
+  BOOST_TEST(s.peek(*b, range.base + Bytes(99)) == 1);
+  BOOST_TEST(s.peek(*b, range.base + Bytes(100)) == 2);
+  BOOST_TEST(s.peek(*b, range.base + Bytes(149)) == 2);
+  BOOST_TEST(s.peek(*b, range.base + Bytes(150)) == 1);
+  BOOST_TEST(s.peek(*b, to + Bytes(9)) == 0);
+  BOOST_TEST(s.peek(*b, to + Bytes(10)) == 1);
+  BOOST_TEST(s.peek(*b, to + Bytes(11)) == 2);
+  BOOST_TEST(s.peek(*b, to + Bytes(60)) == 2);
+  BOOST_TEST(s.peek(*b, to + Bytes(61)) == 1);
+  BOOST_TEST(s.peek(*b, to + Bytes(62)) == 0);
+  b->unmap(range, 2);
+  b->release(run);
+  b->free(range);
+}
+
+void access_can_be_changed(const ContractSubject& s) {
+  const auto b = s.make_with(2);
+  const VirtualRange range = b->reserve(s.page_size * 2, Unmapped::fault);
+  const FrameRun run{frame(0, 0), 2};
+  b->create(run);
+  b->map(range.base, run, Access::none);
+  b->set_access(range, Access::read_write);
+  b->fill(range.base, 9, range.size, {});
+  b->wait(b->record_fence({}));
+  b->set_access({range.base + s.page_size, s.page_size}, Access::read);
+  BOOST_TEST(s.peek(*b, range.base + last(range.size)) == 9);
+  b->fill(range.base, 8, s.page_size, {});
+  b->wait(b->record_fence({}));
+  BOOST_TEST(s.peek(*b, range.base + last(s.page_size)) == 8);
+  b->unmap(range, 2);
+  b->release(run);
+  b->free(range);
+}
+
+void fences_are_passed_after_a_wait(const ContractSubject& s) {
+  const auto b = s.make_with(1);
+  BOOST_TEST(b->is_passed(Fence{}));
+  const Fence first = b->record_fence({});
+  const Fence second = b->record_fence({});
+  b->wait(second);
+  BOOST_TEST(b->is_passed(second));
+  BOOST_TEST(b->is_passed(first));  // it is earlier in the same stream
+  b->wait(first);
+}
+
+void calls_and_memory_are_counted(const ContractSubject& s) {
+  const auto b = s.make_with(8);
+  const auto created = [&] {
+    const HugePages h = b->huge_pages();
+    return (h.huge + h.small).value;
+  };
+  const VirtualRange range = b->reserve(s.page_size * 8, Unmapped::fault);
+  BOOST_TEST(created() == 0u);
+  b->create({frame(0, 0), 3});
+  b->create({frame(2, 1), 1});
+  BOOST_TEST(created() == (s.page_size * 7).value);
+  b->map(range.base, {frame(0, 0), 3}, Access::read_write);
+  b->map(range.base + s.page_size * 4, {frame(2, 1), 1}, Access::read_write);
+  b->unmap({range.base, s.page_size * 3}, 3);
+  b->unmap({range.base + s.page_size * 4, s.page_size * 4}, 1);
+  b->release({frame(0, 1), 2});
+  BOOST_TEST(created() == (s.page_size * 5).value);
+  b->release({frame(0, 0), 1});
+  b->release({frame(2, 1), 1});
+  BOOST_TEST(created() == 0u);
+  b->free(range);
+
+  const auto count = [&](Call call) {
+    const CallCount c = b->calls().of(call);
+    return std::pair(c.calls, c.handles);
+  };
+  using P = std::pair<std::uint64_t, std::uint64_t>;
+  BOOST_TEST((count(Call::reserve) == P(1, 1)));
+  BOOST_TEST((count(Call::create) == P(2, 4)));
+  BOOST_TEST((count(Call::map) == P(2, 4)));
+  BOOST_TEST((count(Call::unmap) == P(2, 4)));
+  BOOST_TEST((count(Call::release) == P(3, 4)));
+  BOOST_TEST((count(Call::free) == P(1, 1)));
+  BOOST_TEST((count(Call::copy) == P(0, 0)));
+}
+
+void nonsense_is_refused_and_changes_nothing(const ContractSubject& s) {
+  const auto b = s.make_with(4);
+  const VirtualRange range = b->reserve(s.page_size * 4, Unmapped::fault);
+  b->create({frame(0, 0), 1});
+  b->map(range.base, {frame(0, 0), 1}, Access::read_write);
+  b->fill(range.base, 3, s.page_size, {});
+  b->wait(b->record_fence({}));
+  BOOST_CHECK_THROW(b->reserve(Bytes(0), Unmapped::fault), Error);
+  // Frames that the pool does not have, and places that are no reservation.
+  BOOST_CHECK_THROW(b->create({frame(0, 3), 2}), Error);
+  BOOST_CHECK_THROW(b->create({frame(15, 0), 1}), Error);
+  BOOST_CHECK_THROW(b->map(range.base + s.page_size, {frame(0, 4), 1}, Access::read), Error);
+  BOOST_CHECK_THROW(b->map(range.end(), {frame(0, 0), 1}, Access::read), Error);
+  BOOST_CHECK_THROW(b->unmap({range.end(), s.page_size}, 1), Error);
+  BOOST_TEST(s.peek(*b, range.base) == 3);
+  const HugePages h = b->huge_pages();
+  BOOST_TEST((h.huge + h.small).value == s.page_size.value);
+  b->unmap({range.base, s.page_size}, 1);
+  b->release({frame(0, 0), 1});
+  b->free(range);
+}
+
+// A request's life, by several threads side by side, each with frames and pages of its own.
+void threads_do_not_disturb_each_other(const ContractSubject& s) {
+  constexpr std::uint32_t kThreads = 4;
+  constexpr int kRounds = 20;
+  const auto b = s.make_with(kThreads * 2);
+  const VirtualRange shared = b->reserve(s.page_size * (kThreads * 2), Unmapped::fault);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (std::uint32_t t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      try {
+        const FrameRun run{frame(0, 2 * t), 2};
+        const Address at = shared.base + s.page_size * (2 * t);
+        for (int round = 0; round < kRounds; ++round) {
+          const auto value = static_cast<std::uint8_t>(1 + t + 16 * (round % 8));
+          const VirtualRange own = b->reserve(s.page_size * 2, Unmapped::fault);
+          b->create(run);
+          b->map(at, run, Access::read_write);
+          b->map(own.base, run, Access::read);
+          b->fill(at, value, s.page_size * 2, {});
+          b->wait(b->record_fence({}));
+          if (s.peek(*b, own.base) != value) ++wrong;
+          if (s.peek(*b, own.base + last(s.page_size * 2)) != value) ++wrong;
+          b->unmap({at, s.page_size * 2}, 2);
+          b->unmap(own, 2);
+          b->release(run);
+          b->free(own);
+        }
+      } catch (const Error&) {
+        ++wrong;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  BOOST_TEST(wrong == 0);
+  b->free(shared);
+  BOOST_TEST(b->failure_count() == 0u);
+  const HugePages h = b->huge_pages();
+  BOOST_TEST((h.huge + h.small).value == 0u);
+}
+
+#define KVSPAN_CONTRACT_TEST(name) \
+  ContractTest { #name, name }
+constexpr ContractTest kTests[] = {
+    KVSPAN_CONTRACT_TEST(traits_hold),
+    KVSPAN_CONTRACT_TEST(reservations_are_aligned_and_apart),
+    KVSPAN_CONTRACT_TEST(zero_policy_is_kept_or_refused),
+    KVSPAN_CONTRACT_TEST(frames_are_created_zeroed),
+    KVSPAN_CONTRACT_TEST(bytes_stay_with_the_frame),
+    KVSPAN_CONTRACT_TEST(one_frame_under_two_pages_is_shared),
+    KVSPAN_CONTRACT_TEST(runs_lie_in_order_and_unmap_by_frame),
+    KVSPAN_CONTRACT_TEST(classes_do_not_overlap),
+    KVSPAN_CONTRACT_TEST(copy_and_fill_keep_to_their_bytes),
+    KVSPAN_CONTRACT_TEST(access_can_be_changed),
+    KVSPAN_CONTRACT_TEST(fences_are_passed_after_a_wait),
+    KVSPAN_CONTRACT_TEST(calls_and_memory_are_counted),
+    KVSPAN_CONTRACT_TEST(nonsense_is_refused_and_changes_nothing),
+    KVSPAN_CONTRACT_TEST(threads_do_not_disturb_each_other),
+};
+#undef KVSPAN_CONTRACT_TEST
+
+}  // namespace
+
+bool add_contract(const ContractSubject& subject) {
+  namespace ut = boost::unit_test;
+  ut::test_suite* const suite =
+      new ut::test_suite("contract/" + subject.name, __FILE__, std::size_t{__LINE__});
+  for (const ContractTest& test : kTests) {
+    const auto body = [subject, test] { test.run(subject); };
+    suite->add(ut::make_test_case(body, test.name, __FILE__, std::size_t{__LINE__}));
+  }
+  ut::framework::master_test_suite().add(suite);
+  return true;
+}
+
+}  // namespace kvspan::test

@@ -1,0 +1,60 @@
+#include "backend/backend.hpp"
+
+namespace kvspan {
+
+VirtualRange Backend::reserve(Bytes size, Unmapped unmapped) {
+  calls_.add(Call::reserve, 1);
+  return do_reserve(size, unmapped);
+}
+
+void Backend::free(VirtualRange range) noexcept {
+  calls_.add(Call::free, 1);
+  do_free(range);
+}
+
+void Backend::create(FrameRun run) {
+  calls_.add(Call::create, run.count);
+  do_create(run);
+}
+
+void Backend::release(FrameRun run) noexcept {
+  calls_.add(Call::release, run.count);
+  do_release(run);
+}
+
+void Backend::map(Address at, FrameRun run, Access access) {
+  calls_.add(Call::map, run.count);
+  do_map(at, run, access);
+}
+
+void Backend::set_access(VirtualRange range, Access access) {
+  calls_.add(Call::set_access, 1);
+  do_set_access(range, access);
+}
+
+void Backend::unmap(VirtualRange range, std::uint32_t handles) {
+  calls_.add(Call::unmap, handles);
+  do_unmap(range, handles);
+}
+
+void Backend::copy(Address to, Address from, Bytes size, Stream stream) {
+  calls_.add(Call::copy, 1);
+  do_copy(to, from, size, stream);
+}
+
+void Backend::fill(Address at, std::uint8_t value, Bytes size, Stream stream) {
+  calls_.add(Call::fill, 1);
+  do_fill(at, value, size, stream);
+}
+
+Fence Backend::record_fence(Stream stream) {
+  calls_.add(Call::record_fence, 1);
+  return do_record_fence(stream);
+}
+
+void Backend::wait(Fence fence) {
+  calls_.add(Call::wait_fence, 1);
+  do_wait(fence);
+}
+
+}  // namespace kvspan

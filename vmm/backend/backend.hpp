@@ -1,0 +1,163 @@
+// The backend contract: everything that differs between a GPU and a host, and nothing else.
+//
+// A backend reserves virtual ranges, creates frames (physical allocations, named by the frame
+// pool's ids) and maps frames into ranges. It keeps no policy: who gets which frame, when pages go
+// and what a sequence is are decided above, in one code for every device.
+//
+//   reservation   free address space --reserve--> reserved --free--> free address space
+//   frame         absent --create--> present --release--> absent
+//   page          unbacked --map--> backed --unmap--> unbacked
+//
+// Failure: a function that throws has changed nothing. What it throws: `OutOfMemory` when physical
+// memory is short, `CapacityError` when another limit of the machine is (mappings, address space,
+// file size) and names the setting, `DriverError` for any other refusal. `noexcept` functions
+// report what went wrong in `failures()` and leak rather than abort.
+//
+// Threads: every function may be called from any thread at any time; calls on the same frame, or
+// on overlapping ranges, must not overlap in time (the layers above see to that).
+//
+// Calls are counted here, once for all backends: the public functions count and call the private
+// ones, which a backend implements.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "backend/calls.hpp"
+#include "core/ids.hpp"
+
+namespace kvspan {
+
+struct VirtualRange {
+  Address base;
+  Bytes size;
+
+  constexpr Address end() const { return base + size; }
+};
+
+// `count` frames of one size class with adjacent ids.
+struct FrameRun {
+  FrameId first;
+  std::uint32_t count = 0;
+
+  constexpr Pages pages() const { return Pages(pages_of(first.size_class()).value * count); }
+};
+
+enum class Access : std::uint8_t { none, read, read_write };
+
+// What a kernel finds where a reservation has no page: a trap, or zeros that it may read.
+enum class Unmapped : std::uint8_t { fault, zero };
+
+// A stream of the device's, as its driver knows it. The host has only stream 0: the calling thread.
+struct Stream {
+  std::uintptr_t handle = 0;
+};
+
+// A point in a stream's work. The default fence is one that has been passed.
+struct Fence {
+  std::uint64_t id = 0;
+};
+
+// What a backend is like; constant through its life.
+struct Traits {
+  std::string device;  // "cpu", "cuda:0"
+  Bytes page_size;     // what every size and address below is a multiple of
+  SizeClass
+      preferred_class;  // the largest frames worth making: where a call costs per handle, large
+  bool zero_on_unmapped = false;  // whether `Unmapped::zero` can be had
+};
+
+struct MemoryInfo {
+  Bytes total;      // of the device, as far as this process may use it
+  Bytes available;  // now, the reserve that is kept for others taken off
+};
+
+// How frames came out: huge pages are worth having (one TLB entry, cheap unmapping) but never owed.
+struct HugePages {
+  Bytes huge;           // physical memory of frames that lies in huge pages
+  Bytes small;          // and that does not
+  std::string refusal;  // why the last frame that is not huge is not; empty when all are
+};
+
+class Backend {
+ public:
+  Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+  virtual ~Backend() = default;
+
+  virtual const Traits& traits() const noexcept = 0;
+  virtual MemoryInfo memory_info() const = 0;
+  virtual HugePages huge_pages() const = 0;
+
+  // False in a child of fork(2), where every reservation is inaccessible and nothing may be called
+  // but the destructor. One load; safe to ask on every call of the API.
+  virtual bool usable() const noexcept = 0;
+
+  // Reserves address space, aligned to the page size. `size` is a multiple of the page size, > 0.
+  // Throws InvalidArgument when the device cannot do `unmapped`.
+  VirtualRange reserve(Bytes size, Unmapped unmapped);
+
+  // Gives a reservation back. Nothing may be mapped in it.
+  void free(VirtualRange range) noexcept;
+
+  // Gives frames their physical memory, all of it now, zeroed: a later touch cannot fail.
+  // All frames of the run or none.
+  void create(FrameRun run);
+
+  // Takes the physical memory away. No frame of the run may be mapped.
+  void release(FrameRun run) noexcept;
+
+  // Maps the frames of `run` one behind the other at `at` and grants `access`. The pages there are
+  // unbacked. One call however many frames, if the device can.
+  void map(Address at, FrameRun run, Access access);
+
+  // Changes the access to a range that consists of whole mapped frames.
+  void set_access(VirtualRange range, Access access);
+
+  // Makes a range of whole mapped frames (`handles` of them) unbacked again. The work that reads it
+  // must be done: the caller has waited for its fence.
+  void unmap(VirtualRange range, std::uint32_t handles);
+
+  // Copies between mapped ranges that do not overlap, ordered after the stream's earlier work.
+  void copy(Address to, Address from, Bytes size, Stream stream);
+
+  // Sets mapped bytes to `value`, ordered likewise.
+  void fill(Address at, std::uint8_t value, Bytes size, Stream stream);
+
+  // A fence behind all work that the stream has now.
+  Fence record_fence(Stream stream);
+  // Whether the fence has been passed; never blocks.
+  virtual bool is_passed(Fence fence) const noexcept = 0;
+  // Blocks until it has been.
+  void wait(Fence fence);
+
+  const CallCounters& calls() const noexcept { return calls_; }
+
+  // How often a noexcept function failed, and what the last one reported.
+  std::uint64_t failure_count() const noexcept { return failures_.load(std::memory_order_relaxed); }
+
+ protected:
+  void report_failure() noexcept { failures_.fetch_add(1, std::memory_order_relaxed); }
+
+ private:
+  virtual VirtualRange do_reserve(Bytes size, Unmapped unmapped) = 0;
+  virtual void do_free(VirtualRange range) noexcept = 0;
+  virtual void do_create(FrameRun run) = 0;
+  virtual void do_release(FrameRun run) noexcept = 0;
+  virtual void do_map(Address at, FrameRun run, Access access) = 0;
+  virtual void do_set_access(VirtualRange range, Access access) = 0;
+  virtual void do_unmap(VirtualRange range, std::uint32_t handles) = 0;
+  virtual void do_copy(Address to, Address from, Bytes size, Stream stream) = 0;
+  virtual void do_fill(Address at, std::uint8_t value, Bytes size, Stream stream) = 0;
+  virtual Fence do_record_fence(Stream stream) = 0;
+  virtual void do_wait(Fence fence) = 0;
+
+  CallCounters calls_;
+  std::atomic<std::uint64_t> failures_{0};
+};
+
+}  // namespace kvspan

@@ -1,0 +1,390 @@
+#include "backend/host_backend.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "backend/host_fork.hpp"
+#include "backend/host_huge.hpp"
+#include "backend/host_internal.hpp"
+#include "backend/host_mappings.hpp"
+#include "backend/host_memory.hpp"
+#include "core/errors.hpp"
+#include "core/sizes.hpp"
+
+namespace kvspan {
+
+namespace {
+
+constexpr Bytes kLeastPage = kKiB * 64;
+constexpr Bytes kLargestPage = kMiB * 64;
+constexpr Bytes kReservationAlignment = kMiB * 2;
+// A signal makes shmem undo a whole fallocate. In pieces, a timer that fires every few milliseconds
+// (a profiler's) costs a piece and not the run.
+constexpr Bytes kAllocationPiece = kMiB * 8;
+
+void check(const HostOptions& o, Bytes machine) {
+  const Bytes os_page(static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE)));
+  if (!is_power_of_two(o.page_size) || o.page_size < kLeastPage || o.page_size > kLargestPage ||
+      o.page_size.value % os_page.value != 0) {
+    throw InvalidArgument("page_size is a power of two from " + to_string(kLeastPage) + " to " +
+                          to_string(kLargestPage) + " and a multiple of the system's " +
+                          to_string(os_page) + ", not " + to_string(o.page_size));
+  }
+  if (o.capacity == Bytes(0) || o.capacity.value % o.page_size.value != 0) {
+    throw InvalidArgument("capacity is a positive multiple of the page size (" +
+                          to_string(o.page_size) + "), not " + to_string(o.capacity));
+  }
+  if (o.capacity > machine) {
+    throw InvalidArgument("capacity is " + to_string(o.capacity) + ", more than the " +
+                          to_string(machine) + " of memory that this process may use");
+  }
+  if (o.largest_class.value > FrameId::kMaxClass) {
+    throw InvalidArgument("largest_class is at most " + std::to_string(FrameId::kMaxClass) +
+                          ", not " + std::to_string(o.largest_class.value));
+  }
+}
+
+int protection_of(Access access) {
+  switch (access) {
+    case Access::none:
+      return PROT_NONE;
+    case Access::read:
+      return PROT_READ;
+    case Access::read_write:
+      return PROT_READ | PROT_WRITE;
+  }
+  return PROT_NONE;
+}
+
+// Allocates an extent of a file. False, with errno, may leave a part of it allocated.
+bool allocate(int fd, Bytes offset, Bytes size) noexcept {
+  for (Bytes done{}; done < size;) {
+    const Bytes piece = std::min(kAllocationPiece, size - done);
+    if (fallocate(fd, 0, static_cast<off_t>((offset + done).value),
+                  static_cast<off_t>(piece.value)) == 0) {
+      done += piece;
+    } else if (errno != EINTR) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool punch(int fd, Bytes offset, Bytes size) noexcept {
+  int result = 0;
+  do {
+    result = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                       static_cast<off_t>(offset.value), static_cast<off_t>(size.value));
+  } while (result != 0 && errno == EINTR);
+  return result == 0;
+}
+
+struct Extent {
+  Bytes offset, size;  // in the memfd
+};
+
+class HostBackend final : public Backend {
+ public:
+  HostBackend(const HostOptions& options, std::unique_ptr<MemoryGauge> gauge);
+  ~HostBackend() override;
+
+  const Traits& traits() const noexcept override { return traits_; }
+  MemoryInfo memory_info() const override;
+  HugePages huge_pages() const override;
+  bool usable() const noexcept override { return generation_ == host_fork::generation(); }
+  bool is_passed(Fence) const noexcept override { return true; }
+
+ private:
+  // Everything that another thread of the parent may have been changing while a child was made. In
+  // the child it is leaked: destroying it would meet locks that are held for ever and half-changed
+  // containers, and would punch holes into memory that is the parent's.
+  struct State {
+    State(const HostOptions& options, std::unique_ptr<MemoryGauge> g);
+
+    std::unique_ptr<MemoryGauge> gauge;
+    Memfd file;
+    SpareMappings spare;
+    std::atomic<std::uint64_t> huge{0}, small{0};  // bytes of frames; relaxed, only summed
+    // Per class and frame, how many of its bytes are huge. A frame's entry belongs to who creates
+    // or releases it. Empty when there are no huge pages to be had.
+    std::vector<std::unique_ptr<std::uint64_t[]>> huge_bytes;
+
+    mutable std::mutex mutex;                            // guards what follows
+    std::map<std::uintptr_t, Reservation> reservations;  // by base
+    std::string refusal;
+  };
+
+  VirtualRange do_reserve(Bytes size, Unmapped unmapped) override;
+  void do_free(VirtualRange range) noexcept override;
+  void do_create(FrameRun run) override;
+  void do_release(FrameRun run) noexcept override;
+  void do_map(Address at, FrameRun run, Access access) override;
+  void do_set_access(VirtualRange range, Access access) override;
+  void do_unmap(VirtualRange range, std::uint32_t) override;
+  void do_copy(Address to, Address from, Bytes size, Stream) override;
+  void do_fill(Address at, std::uint8_t value, Bytes size, Stream) override;
+  Fence do_record_fence(Stream) override;
+  void do_wait(Fence) override;
+
+  void require_usable() const;
+  bool is_run(FrameRun run) const noexcept;
+  Extent extent_of(FrameRun run) const;
+  Unmapped policy_of(VirtualRange range) const;
+  void set_refusal(const std::string& why);
+  void note_huge(FrameRun run, Bytes huge) noexcept;
+
+  const std::uint64_t generation_;
+  const Bytes capacity_;
+  const SizeClass largest_class_;
+  const std::string no_huge_pages_;  // why none are asked for; empty when they are
+  Traits traits_;
+  std::unique_ptr<State> state_;
+};
+
+std::string why_no_huge_pages(const HostOptions& o) {
+  if (!o.huge_pages) return "huge pages are turned off";
+  if (o.page_size < huge_page_size()) {
+    return "pages of " + to_string(o.page_size) + " are smaller than a huge page of " +
+           to_string(huge_page_size());
+  }
+  return {};
+}
+
+// Frames of each class have a part of the file as large as the capacity, so that frames with
+// adjacent ids are adjacent in it. What has no memory behind it costs nothing.
+HostBackend::State::State(const HostOptions& o, std::unique_ptr<MemoryGauge> g)
+    : gauge(std::move(g)), file(o.capacity * (std::uint64_t{o.largest_class.value} + 1)) {
+  if (!why_no_huge_pages(o).empty()) return;
+  const std::uint64_t pages = o.capacity.value / o.page_size.value;
+  for (unsigned c = 0; c <= o.largest_class.value; ++c) {
+    huge_bytes.push_back(std::make_unique<std::uint64_t[]>(pages >> c));
+  }
+}
+
+HostBackend::HostBackend(const HostOptions& o, std::unique_ptr<MemoryGauge> gauge)
+    : generation_(host_fork::generation()),
+      capacity_(o.capacity),
+      largest_class_(o.largest_class),
+      no_huge_pages_(why_no_huge_pages(o)),
+      traits_{"cpu", o.page_size, SizeClass(0), true},
+      state_(std::make_unique<State>(o, std::move(gauge))) {}
+
+HostBackend::~HostBackend() {
+  if (!usable()) static_cast<void>(state_.release());
+}
+
+void HostBackend::require_usable() const {
+  if (!usable()) {
+    throw ReleasedError(
+        "this pool belongs to the process that forked this one and cannot be used here; make a new "
+        "one in this process");
+  }
+}
+
+MemoryInfo HostBackend::memory_info() const {
+  require_usable();
+  return state_->gauge->info();
+}
+
+HugePages HostBackend::huge_pages() const {
+  require_usable();
+  const Bytes huge(state_->huge.load(std::memory_order_relaxed));
+  const Bytes small(state_->small.load(std::memory_order_relaxed));
+  if (small == Bytes(0)) return {huge, small, ""};
+  std::scoped_lock lock(state_->mutex);
+  return {huge, small, state_->refusal};
+}
+
+bool HostBackend::is_run(FrameRun run) const noexcept {
+  const SizeClass c = run.first.size_class();
+  if (run.first.is_none() || c > largest_class_ || run.count == 0) return false;
+  const std::uint64_t frames = (capacity_.value / traits_.page_size.value) >> c.value;
+  return std::uint64_t{run.first.index()} + run.count <= frames;
+}
+
+Extent HostBackend::extent_of(FrameRun run) const {
+  const SizeClass c = run.first.size_class();
+  const Bytes frame = size_of(pages_of(c), traits_.page_size);
+  return {capacity_ * c.value + frame * run.first.index(), frame * run.count};
+}
+
+Unmapped HostBackend::policy_of(VirtualRange range) const {
+  std::scoped_lock lock(state_->mutex);
+  auto next = state_->reservations.upper_bound(range.base.value);
+  if (next == state_->reservations.begin() || range.end() > (--next)->second.range().end()) {
+    throw InvalidArgument("the range is not part of a reservation of this pool's");
+  }
+  return next->second.unmapped();
+}
+
+void HostBackend::set_refusal(const std::string& why) {
+  std::scoped_lock lock(state_->mutex);
+  state_->refusal = why;
+}
+
+// Writes down that the first `huge` bytes of a run that was just created are huge pages.
+void HostBackend::note_huge(FrameRun run, Bytes huge) noexcept {
+  const Bytes frame = extent_of({run.first, 1}).size;
+  state_->huge.fetch_add(huge.value, std::memory_order_relaxed);
+  state_->small.fetch_add((frame * run.count - huge).value, std::memory_order_relaxed);
+  if (state_->huge_bytes.empty()) return;
+  auto* const of_frame = &state_->huge_bytes[run.first.size_class().value][run.first.index()];
+  for (std::uint32_t i = 0; i < run.count; ++i) {
+    of_frame[i] = std::min(frame, huge).value;
+    huge -= std::min(frame, huge);
+  }
+}
+
+VirtualRange HostBackend::do_reserve(Bytes size, Unmapped unmapped) {
+  require_usable();
+  if (size == Bytes(0) || size.value % traits_.page_size.value != 0) {
+    throw InvalidArgument("a reservation is a positive multiple of the page size (" +
+                          to_string(traits_.page_size) + "), not " + to_string(size));
+  }
+  const Bytes alignment = std::max(traits_.page_size, kReservationAlignment);
+  // The kernel gives a base, and the map wants it as a key: so a node is made outside of the map.
+  std::map<std::uintptr_t, Reservation> made;
+  made.emplace(std::piecewise_construct, std::forward_as_tuple(0),
+               std::forward_as_tuple(size, alignment, unmapped));
+  auto node = made.extract(made.begin());
+  const VirtualRange range = node.mapped().range();
+  node.key() = range.base.value;
+  std::scoped_lock lock(state_->mutex);
+  state_->reservations.insert(std::move(node));
+  return range;
+}
+
+void HostBackend::do_free(VirtualRange range) noexcept {
+  if (!usable()) return;
+  std::map<std::uintptr_t, Reservation>::node_type node;  // unmapped after the lock is gone
+  std::scoped_lock lock(state_->mutex);
+  const auto it = state_->reservations.find(range.base.value);
+  if (it == state_->reservations.end() || it->second.range().size != range.size) {
+    report_failure();
+    return;
+  }
+  node = state_->reservations.extract(it);
+}
+
+void HostBackend::do_create(FrameRun run) {
+  require_usable();
+  if (!is_run(run)) throw InvalidArgument("create: no such frames in this pool");
+  const Extent extent = extent_of(run);
+  const int fd = state_->file.fd();
+  const auto admission = state_->gauge->admit(extent.size);
+
+  HugeAllocation huge{Bytes(0), no_huge_pages_};
+  if (no_huge_pages_.empty()) huge = allocate_huge(fd, extent.offset, extent.size);
+  if (huge.size < extent.size) {
+    if (!allocate(fd, extent.offset + huge.size, extent.size - huge.size)) {
+      const int error_number = errno;
+      if (!punch(fd, extent.offset, extent.size)) report_failure();
+      if (error_number != ENOSPC && error_number != ENOMEM) {
+        throw system_error("fallocate", error_number, "cannot allocate " + to_string(extent.size));
+      }
+      throw OutOfMemory(extent.size, state_->gauge->info().available, Bytes(0),
+                        "the kernel refused the memory: release sequences, trim the pool, or give "
+                        "the process more memory");
+    }
+    set_refusal(huge.refusal);
+  }
+  note_huge(run, huge.size);
+}
+
+void HostBackend::do_release(FrameRun run) noexcept {
+  if (!usable()) return;
+  if (!is_run(run)) {
+    report_failure();
+    return;
+  }
+  const Extent extent = extent_of(run);
+  if (!punch(state_->file.fd(), extent.offset, extent.size)) {
+    report_failure();  // the frames keep their memory, and the figures say so
+    return;
+  }
+  Bytes huge{};
+  if (!state_->huge_bytes.empty()) {
+    const auto* of_frame = &state_->huge_bytes[run.first.size_class().value][run.first.index()];
+    for (std::uint32_t i = 0; i < run.count; ++i) huge += Bytes(of_frame[i]);
+  }
+  state_->huge.fetch_sub(huge.value, std::memory_order_relaxed);
+  state_->small.fetch_sub((extent.size - huge).value, std::memory_order_relaxed);
+}
+
+void HostBackend::do_map(Address at, FrameRun run, Access access) {
+  require_usable();
+  if (!is_run(run)) throw InvalidArgument("map: no such frames in this pool");
+  const Extent extent = extent_of(run);
+  const VirtualRange range{at, extent.size};
+  const Unmapped policy = policy_of(range);
+  if (!state_->spare.hold()) throw_mapping_error("mmap", errno, extent.size);
+
+  // Populated, so that no kernel that reads or writes these pages meets a fault.
+  if (mmap(pointer(at), extent.size.value, protection_of(access),
+           MAP_SHARED | MAP_FIXED | MAP_POPULATE, state_->file.fd(),
+           static_cast<off_t>(extent.offset.value)) != MAP_FAILED) {
+    return;
+  }
+  const int error_number = errno;
+  if (has_hole(range) && !restore_unmapped(range, policy)) report_failure();
+  throw_mapping_error("mmap", error_number, extent.size);
+}
+
+void HostBackend::do_set_access(VirtualRange range, Access access) {
+  require_usable();
+  static_cast<void>(policy_of(range));
+  if (mprotect(pointer(range.base), range.size.value, protection_of(access)) != 0) {
+    throw_mapping_error("mprotect", errno, range.size);
+  }
+}
+
+void HostBackend::do_unmap(VirtualRange range, std::uint32_t) {
+  require_usable();
+  const Unmapped policy = policy_of(range);
+  if (restore_unmapped(range, policy)) return;
+  int error_number = errno;
+  if (error_number == ENOMEM && state_->spare.give_up()) {
+    if (restore_unmapped(range, policy)) return;
+    error_number = errno;
+  }
+  if (has_hole(range) && restore_unmapped(range, policy)) return;
+  throw_mapping_error("mmap", error_number, range.size);
+}
+
+void HostBackend::do_copy(Address to, Address from, Bytes size, Stream) {
+  require_usable();
+  std::memcpy(pointer(to), pointer(from), size.value);
+}
+
+void HostBackend::do_fill(Address at, std::uint8_t value, Bytes size, Stream) {
+  require_usable();
+  std::memset(pointer(at), value, size.value);
+}
+
+// The host's work is done when the call that does it returns: every fence is passed from the start.
+Fence HostBackend::do_record_fence(Stream) { return Fence{}; }
+
+void HostBackend::do_wait(Fence) {}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_host_backend(const HostOptions& options, const std::string& root) {
+  auto gauge = std::make_unique<MemoryGauge>(options.reserve, root);
+  check(options, gauge->info().total);
+  return std::make_unique<HostBackend>(options, std::move(gauge));
+}
+
+std::unique_ptr<Backend> make_host_backend(const HostOptions& options) {
+  return make_host_backend(options, "");
+}
+
+}  // namespace kvspan
