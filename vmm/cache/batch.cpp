@@ -1,0 +1,221 @@
+#include "cache/batch.hpp"
+
+#include <algorithm>
+
+#include "core/errors.hpp"
+
+namespace kvspan {
+
+// Claims on all rows, or none.
+class Batch::Claims {
+ public:
+  explicit Claims(std::span<SequenceState* const> states) : states_(states) {
+    try {
+      for (; claimed_ < states_.size(); ++claimed_) states_[claimed_]->claim_or_throw();
+    } catch (...) {
+      release();
+      throw;
+    }
+  }
+  Claims(const Claims&) = delete;
+  Claims& operator=(const Claims&) = delete;
+  ~Claims() { release(); }
+
+ private:
+  void release() noexcept {
+    for (std::size_t i = 0; i < claimed_; ++i) {
+      SequenceState& state = *states_[i];
+      // A row that was dropped meanwhile has its last word already.
+      if (state.claim.load(std::memory_order_relaxed) != Claim::used) continue;
+      state.unclaim(state.is_lost ? Claim::lost : Claim::idle);
+    }
+  }
+
+  const std::span<SequenceState* const> states_;
+  std::size_t claimed_ = 0;
+};
+
+Batch::Batch(std::shared_ptr<Cache> cache, std::vector<std::shared_ptr<Sequence>> rows,
+             std::optional<SlotLease> lease)
+    : cache_(std::move(cache)),
+      rows_(std::move(rows)),
+      lease_(lease),
+      arrays_(std::make_shared<BatchArrays>(rows_.size())) {
+  if (rows_.empty()) throw InvalidArgument("a batch has at least one row");
+  for (const auto& row : rows_) {
+    if (row->cache() != cache_) {
+      throw InvalidArgument("a sequence of another cache cannot be a row of this cache's batch");
+    }
+    states_.push_back(row->state().get());
+  }
+  std::vector<SequenceState*> sorted = states_;
+  std::ranges::sort(sorted);
+  if (std::ranges::adjacent_find(sorted) != sorted.end()) {
+    throw InvalidArgument("a sequence is in the batch twice; fork() it to decode it twice");
+  }
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    if (rows_[i]->is_released()) {
+      throw ReleasedError("row " + std::to_string(i) + " is a sequence that was released");
+    }
+  }
+  refresh();
+}
+
+Batch::~Batch() {
+  if (!lease_ || !cache_->store_->backend().usable()) return;
+  const std::scoped_lock lock(cache_->mutex_);
+  for (std::int32_t i = 0; i < lease_->count; ++i) {
+    cache_->slot(SlotId(lease_->first.value + i)).is_leased = false;
+  }
+}
+
+void Batch::step(Tokens n, Stream stream) {
+  cache_->check_usable();
+  if (n < Tokens(1)) {
+    throw InvalidArgument("step takes 1 token or more, not " + std::to_string(n.value));
+  }
+  const Claims claims(states_);
+  bool has_room = true;
+  for (const SequenceState* state : states_) {
+    const std::int64_t grown = state->length.load(std::memory_order_relaxed) + n.value;
+    has_room = has_room && grown <= state->capacity.load(std::memory_order_relaxed);
+  }
+  if (!has_room) {
+    const Tokens longest = cache_->space_->options().max_seq_len;
+    for (std::size_t i = 0; i < states_.size(); ++i) {
+      if (n <= longest - states_[i]->tokens()) continue;
+      throw CapacityError(
+          "row " + std::to_string(i) + " has " + std::to_string(states_[i]->tokens().value) +
+          " tokens and cannot grow by " + std::to_string(n.value) + ": max_seq_len is " +
+          std::to_string(longest.value) + "; take the row out of the batch");
+    }
+    cache_->grow(states_, n, stream);
+  }
+  const auto grow_by = static_cast<std::int32_t>(n.value);
+  for (std::size_t i = 0; i < states_.size(); ++i) {
+    const std::int32_t length = states_[i]->length.load(std::memory_order_relaxed);
+    arrays_->before[i] = length;
+    arrays_->lengths[i] = length + grow_by;
+    states_[i]->length.store(length + grow_by, std::memory_order_relaxed);
+  }
+}
+
+void Batch::refresh() {
+  cache_->check_usable();
+  const std::scoped_lock lock(cache_->mutex_);
+  for (std::size_t i = 0; i < states_.size(); ++i) {
+    arrays_->lengths[i] = states_[i]->length.load(std::memory_order_relaxed);
+    arrays_->slots[i] = states_[i]->slot.value;
+  }
+}
+
+void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
+  cache_->check_usable();
+  if (!lease_) {
+    throw InvalidArgument(
+        "select needs rows in adjacent slots: make the batch with cache.batch(n), not from a list");
+  }
+  if (rows.empty() || rows.size() > static_cast<std::size_t>(lease_->count)) {
+    throw InvalidArgument("select takes 1 to " + std::to_string(lease_->count) +
+                          " rows (the slots of this batch), not " + std::to_string(rows.size()));
+  }
+  for (const std::int32_t row : rows) {
+    if (row < 0 || static_cast<std::size_t>(row) >= rows_.size()) {
+      throw InvalidArgument("select takes rows 0 to " + std::to_string(rows_.size() - 1) +
+                            ", not " + std::to_string(row));
+    }
+  }
+  Cache& cache = *cache_;
+  Space& space = *cache.space();
+  const auto slot_of = [&](std::size_t row) {
+    return SlotId(lease_->first.value + static_cast<std::int32_t>(row));
+  };
+
+  // Rows that stay are claimed; what is dropped may have been released by its owner already.
+  std::vector<std::optional<std::size_t>> first_use(rows_.size());
+  for (std::size_t i = rows.size(); i-- > 0;) first_use[static_cast<std::size_t>(rows[i])] = i;
+  std::vector<SequenceState*> claimed;
+  for (std::size_t row = 0; row < rows_.size(); ++row) {
+    if (first_use[row] || !rows_[row]->is_released()) claimed.push_back(states_[row]);
+  }
+  const auto old_rows = rows_;  // whose states outlive the claims
+  const Claims claims(claimed);
+
+  // Remapping changes what is under addresses that kernels know: their work has to be done.
+  Backend& backend = cache.store_->backend();
+  backend.wait(backend.record_fence(stream));
+
+  std::vector<std::shared_ptr<Sequence>> selected;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const auto row = static_cast<std::size_t>(rows[i]);
+    if (first_use[row] == i) {
+      selected.push_back(rows_[row]);
+      continue;
+    }
+    auto state = std::make_shared<SequenceState>();
+    state->claim.store(Claim::closed, std::memory_order_relaxed);  // owns nothing to release yet
+    selected.push_back(std::make_shared<Sequence>(cache_, std::move(state)));
+  }
+  std::vector<SequenceState*> selected_states;
+  for (const auto& sequence : selected) selected_states.push_back(sequence->state().get());
+
+  Edit edit = space.edit(stream);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(lease_->count); ++i) {
+    const SlotId to = slot_of(i);
+    const std::size_t row = i < rows.size() ? static_cast<std::size_t>(rows[i]) : rows_.size();
+    if (i < rows.size() && first_use[row] != i) {
+      cache.plan_copy(edit, slot_of(row), slot_of(*first_use[row]), to, states_[row]->tokens());
+      continue;
+    }
+    // Moved whole, surplus pages and all; or emptied.
+    for (std::size_t lane = 0; lane < space.n_lanes(); ++lane) {
+      const Span& target = space.span(to, lane);
+      std::vector<PageEntry> entries(target.end().value);
+      if (i < rows.size()) {
+        const Span& source = space.span(slot_of(row), lane);
+        entries.resize(std::max(source.end(), target.end()).value);
+        for (Pages page{}; page < source.end(); ++page) entries[page.value] = source[page];
+      }
+      space.place(edit, to, lane, entries);
+    }
+  }
+  try {
+    cache.commit(edit);
+  } catch (...) {
+    for (std::size_t row = 0; row < rows_.size(); ++row) {
+      states_[row]->is_lost = space.is_broken(slot_of(row));
+    }
+    throw;
+  }
+
+  {
+    const std::scoped_lock lock(cache.mutex_);
+    for (std::size_t row = 0; row < rows_.size(); ++row) {
+      cache.slot(slot_of(row)).live.reset();
+      if (!first_use[row]) states_[row]->unclaim(Claim::released);
+    }
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      SequenceState& state = *selected_states[i];
+      const SequenceState& source = *states_[static_cast<std::size_t>(rows[i])];
+      state.slot = slot_of(i);
+      state.length.store(source.length.load(std::memory_order_relaxed), std::memory_order_relaxed);
+      state.dropped.store(source.dropped.load(std::memory_order_relaxed),
+                          std::memory_order_relaxed);
+      state.dropped_pages.store(source.dropped_pages.load(std::memory_order_relaxed),
+                                std::memory_order_relaxed);
+      cache.slot(state.slot).live = selected[i]->state();
+    }
+    for (std::int32_t i = 0; i < lease_->count; ++i) {
+      cache.update_mapped(SlotId(lease_->first.value + i));
+    }
+    for (SequenceState* state : selected_states) cache.update_capacity(*state);
+  }
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    if (first_use[static_cast<std::size_t>(rows[i])] != i) selected_states[i]->unclaim();
+  }
+  rows_ = std::move(selected);
+  states_ = std::move(selected_states);
+  refresh();
+}
+
+}  // namespace kvspan

@@ -1,0 +1,262 @@
+#include "cache/cache.hpp"
+
+#include <algorithm>
+#include <thread>
+
+#include "cache/batch.hpp"
+#include "core/errors.hpp"
+#include "core/sizes.hpp"
+
+namespace kvspan {
+
+namespace {
+
+// FlashAttention's largest key tile: what a kernel may read past a length if nobody knows better.
+constexpr Tokens kTileOverread{128};
+
+SpaceOptions space_options(const CacheOptions& options) {
+  if (options.max_seqs < 1 || options.max_seqs > (1 << 20)) {
+    throw InvalidArgument("max_seqs must be between 1 and 1048576, not " +
+                          std::to_string(options.max_seqs));
+  }
+  if (options.overread &&
+      (*options.overread < Tokens(0) || *options.overread > options.max_seq_len)) {
+    throw InvalidArgument("overread_tokens must be \"auto\" or between 0 and max_seq_len, not " +
+                          std::to_string(options.overread->value));
+  }
+  const Tokens automatic =
+      options.unmapped == Unmapped::zero ? Tokens(0) : std::min(kTileOverread, options.max_seq_len);
+  return {options.max_seqs, options.max_seq_len, options.overread.value_or(automatic),
+          options.unmapped, options.scrub};
+}
+
+}  // namespace
+
+std::shared_ptr<Cache> Cache::make(std::shared_ptr<FrameStore> store, const CacheOptions& options) {
+  std::shared_ptr<Cache> cache(new Cache(std::move(store), options));
+  cache->store_->add(cache.get());
+  return cache;
+}
+
+Cache::Cache(std::shared_ptr<FrameStore> store, const CacheOptions& options)
+    : store_(std::move(store)), keep_(options.keep) {
+  check_usable();
+  Layout layout(options.layers, {options.max_seq_len, store_->page_size(), options.layers_per_page,
+                                 options.split_planes});
+  space_ = std::make_shared<Space>(store_, std::move(layout), space_options(options));
+  slots_.resize(static_cast<std::size_t>(options.max_seqs));
+}
+
+Cache::~Cache() {
+  // In a child of fork(2) the store's lock may be held by a thread that does not exist here.
+  if (store_->backend().usable()) store_->remove(this);
+}
+
+void Cache::check_usable() const {
+  if (!store_->backend().usable()) {
+    throw ReleasedError(
+        "this process is a fork(2) child: the pool and its caches stay with the parent; make new "
+        "ones here, or start workers with the \"spawn\" method");
+  }
+}
+
+std::shared_ptr<Sequence> Cache::sequence(Tokens expected) {
+  check_usable();
+  if (expected < Tokens(0)) {
+    throw InvalidArgument("the expected number of tokens must be 0 or more, not " +
+                          std::to_string(expected.value));
+  }
+  std::shared_ptr<SequenceState> state;
+  {
+    const std::scoped_lock lock(mutex_);
+    check_open();
+    state = occupy(best_free_slot(expected));
+  }
+  prepare(*state);
+  return std::make_shared<Sequence>(shared_from_this(), std::move(state));
+}
+
+std::shared_ptr<Batch> Cache::batch(std::vector<std::shared_ptr<Sequence>> sequences) {
+  check_usable();
+  return std::make_shared<Batch>(shared_from_this(), std::move(sequences));
+}
+
+std::shared_ptr<Batch> Cache::adjacent_batch(std::int32_t n) {
+  check_usable();
+  if (n < 1) {
+    throw InvalidArgument("a batch has at least one row, not " + std::to_string(n));
+  }
+  std::vector<std::shared_ptr<Sequence>> sequences;
+  sequences.reserve(static_cast<std::size_t>(n));
+  {
+    const std::scoped_lock lock(mutex_);
+    check_open();
+    const SlotId first = adjacent_free_slots(n);
+    for (std::int32_t i = 0; i < n; ++i) {
+      const SlotId id(first.value + i);
+      sequences.push_back(std::make_shared<Sequence>(shared_from_this(), occupy(id)));
+      slot(id).is_leased = true;
+    }
+  }
+  const SlotId first = sequences.front()->state()->slot;
+  for (const auto& sequence : sequences) prepare(*sequence->state());
+  return std::make_shared<Batch>(shared_from_this(), std::move(sequences), SlotLease{first, n});
+}
+
+Bytes Cache::trim() {
+  check_usable();
+  {
+    const std::scoped_lock lock(mutex_);
+    check_open();
+  }
+  return size_of(reclaim(Pages(UINT32_MAX), true), store_->page_size());
+}
+
+void Cache::close() {
+  check_usable();
+  std::vector<std::shared_ptr<SequenceState>> live;
+  {
+    const std::scoped_lock lock(mutex_);
+    if (is_closed_) return;
+    is_closed_ = true;
+    for (const Slot& s : slots_) {
+      if (s.live) live.push_back(s.live);
+    }
+  }
+  // Without the mutex: the calls that are waited for here may need it to finish.
+  for (const auto& state : live) {
+    while (!state->try_claim(Claim::closed)) {
+      if (state->is_released()) break;
+      Claim lost = Claim::lost;
+      if (state->claim.compare_exchange_strong(lost, Claim::closed)) break;
+      std::this_thread::yield();
+    }
+  }
+  store_->remove(this);
+  std::shared_ptr<Space> last;  // freed after the lock, unless a tensor still shows it
+  const std::scoped_lock lock(mutex_);
+  last.swap(space_);
+  for (Slot& s : slots_) s.live.reset();
+}
+
+CacheFigures Cache::figures() const {
+  check_usable();
+  const std::scoped_lock lock(mutex_);
+  check_open();
+  const Bytes page_size = store_->page_size();
+  CacheFigures f;
+  f.reserved = space_->reserved_bytes();
+  f.n_slots = static_cast<std::int32_t>(slots_.size());
+  f.mapped = page_size * static_cast<std::uint64_t>(mapped_pages_.load(std::memory_order_relaxed));
+  f.shared = page_size * static_cast<std::uint64_t>(shared_pages_.load(std::memory_order_relaxed));
+  Bytes needed{};
+  for (const Slot& s : slots_) {
+    if (!s.live) continue;
+    ++f.n_sequences;
+    const Tokens length = s.live->tokens();
+    const Tokens dropped{s.live->dropped.load(std::memory_order_relaxed)};
+    Bytes for_length{};
+    for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+      const Lane& l = space_->layout().lanes()[lane];
+      const Tokens live = l.window ? length - dropped : length;
+      f.used += l.payload_bytes * static_cast<std::uint64_t>(live.value);
+      for_length += size_of(space_->pages_for(lane, length), page_size);
+    }
+    const Bytes with_overread = size_of(needed_pages(*s.live), page_size);
+    const Bytes gone =
+        size_of(Pages(s.live->dropped_pages.load(std::memory_order_relaxed)), page_size);
+    needed += with_overread;
+    f.ahead += with_overread + gone - for_length;
+  }
+  f.partial = needed - f.ahead - f.used;
+  f.kept = f.mapped - needed;
+  return f;
+}
+
+std::vector<MappedPage> Cache::page_map() const {
+  check_usable();
+  std::vector<MappedPage> pages;
+  const auto add = [&](const Space& space, SlotId id) {
+    for (std::size_t lane = 0; lane < space.n_lanes(); ++lane) {
+      const Span& span = space.span(id, lane);
+      for (Pages page{}; page < span.end(); ++page) {
+        const PageEntry entry = span[page];
+        if (!entry.is_backed()) continue;
+        pages.push_back({id, lane, page, entry.frame, store_->references(entry.frame)});
+      }
+    }
+  };
+  std::vector<std::shared_ptr<SequenceState>> live;
+  std::shared_ptr<Space> space;
+  {
+    const std::scoped_lock lock(mutex_);
+    check_open();
+    space = space_;
+    for (std::size_t i = 0; i < slots_.size(); ++i) {
+      if (slots_[i].live) {
+        live.push_back(slots_[i].live);
+      } else {
+        add(*space, SlotId(static_cast<std::int32_t>(i)));
+      }
+    }
+  }
+  // Claims are waited for without the mutex, which their holders may need.
+  for (const auto& state : live) {
+    while (!state->try_claim(Claim::reclaimed)) {
+      if (state->claim.load(std::memory_order_relaxed) >= Claim::released) break;
+      std::this_thread::yield();
+    }
+    if (state->claim.load(std::memory_order_relaxed) != Claim::reclaimed) continue;
+    add(*space, state->slot);
+    state->unclaim();
+  }
+  std::ranges::sort(pages, {}, [](const MappedPage& p) {
+    return std::tuple(p.slot.value, p.lane, p.page.value);
+  });
+  return pages;
+}
+
+const CallCounters& Cache::calls() const { return space()->account(); }
+
+std::shared_ptr<Space> Cache::space() const {
+  check_usable();
+  const std::scoped_lock lock(mutex_);
+  check_open();
+  return space_;
+}
+
+Pages Cache::reclaim(Pages wanted, bool wait) noexcept {
+  const std::scoped_lock lock(mutex_);
+  Pages total{};
+  if (is_closed_) return total;
+  // Free slots first: their pages are a guess at what comes next. Then what live sequences have
+  // mapped past their length; one that is in a call right now keeps it.
+  for (std::size_t i = 0; i < slots_.size() && total < wanted; ++i) {
+    const SlotId id(static_cast<std::int32_t>(i));
+    if (slots_[i].live || slots_[i].is_retired || (!wait && !is_settled(id))) continue;
+    total += drop_tail(id, Tokens(0));
+  }
+  for (std::size_t i = 0; i < slots_.size() && total < wanted; ++i) {
+    const SlotId id(static_cast<std::int32_t>(i));
+    SequenceState* const state = slots_[i].live.get();
+    if (state == nullptr || slots_[i].backed <= needed_pages(*state)) continue;
+    if ((!wait && !is_settled(id)) || !state->try_claim(Claim::reclaimed)) continue;
+    total += drop_tail(id, state->tokens());
+    update_capacity(*state);
+    state->unclaim();
+  }
+  return total;
+}
+
+Pages Cache::reclaimable() const noexcept {
+  const std::scoped_lock lock(mutex_);
+  Pages total{};
+  if (is_closed_) return total;
+  for (const Slot& s : slots_) {
+    const Pages needed = s.live ? needed_pages(*s.live) : Pages(0);
+    if (s.backed > needed) total += s.backed - needed;
+  }
+  return total;
+}
+
+}  // namespace kvspan

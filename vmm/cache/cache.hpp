@@ -1,0 +1,186 @@
+// A cache: the KV tensors of one model, with sequences in slots. Sequences grow, shrink, fork and
+// go; the tensors over them never move.
+//
+// A slot that is free keeps the pages of its last sequence mapped, up to a limit, and the next
+// sequence takes them over without a driver call (deferred reclamation); under pressure the frame
+// store asks for them back.
+//
+// Threads: any thread may call anything; two threads inside one sequence get BusyError. `mutex_`
+// guards the table of slots and the spans of free slots; the spans of a live slot belong to whoever
+// holds its sequence's claim. Order: a claim may be held when `mutex_` is taken, never the other
+// way round (reclamation, which holds `mutex_`, only tries claims); no frames are taken under
+// `mutex_`.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cache/layout.hpp"
+#include "cache/sequence_state.hpp"
+#include "cache/space.hpp"
+#include "span/frame_store.hpp"
+
+namespace kvspan {
+
+class Sequence;
+class Batch;
+
+struct CacheOptions {
+  std::vector<LayerSpec> layers;
+  std::int32_t max_seqs = 1;
+  Tokens max_seq_len;
+  std::int32_t layers_per_page = 0;  // 0: automatic
+  bool split_planes = false;
+  std::optional<Tokens>
+      overread;  // none: 0 where unmapped parts read as zeros, else a kernel's tile
+  Unmapped unmapped = Unmapped::zero;
+  Scrub scrub = Scrub::cross;
+  std::optional<Bytes> keep;  // the most that free slots keep mapped; none: 2% of what is mapped
+};
+
+// All in bytes as page tables show them: mapped = used + partial + ahead + kept. Of these,
+// `shared` are second mappings of frames that are counted already.
+struct CacheFigures {
+  Bytes reserved, mapped, used, partial, ahead, kept, shared;
+  std::int32_t n_sequences = 0, n_slots = 0;
+};
+
+// One page of the page map, for pictures and debugging.
+struct MappedPage {
+  SlotId slot;
+  std::size_t lane;
+  Pages page;
+  FrameId frame;
+  std::uint32_t references;
+};
+
+class Cache final : public Reclaimer, public std::enable_shared_from_this<Cache> {
+ public:
+  static std::shared_ptr<Cache> make(std::shared_ptr<FrameStore> store,
+                                     const CacheOptions& options);
+  ~Cache();
+
+  // A new empty sequence in the free slot whose pages fit `expected` tokens best.
+  std::shared_ptr<Sequence> sequence(Tokens expected);
+  std::shared_ptr<Batch> batch(std::vector<std::shared_ptr<Sequence>> sequences);
+  // `n` new sequences in adjacent slots.
+  std::shared_ptr<Batch> adjacent_batch(std::int32_t n);
+
+  // Unmaps every page that no live token needs. Returns the bytes unmapped.
+  Bytes trim();
+  // Ends the API of the cache and its sequences. The memory lives as long as a tensor shows it.
+  void close();
+
+  CacheFigures figures() const;
+  std::vector<MappedPage> page_map() const;
+  const CallCounters& calls() const;
+  // The space, for making tensors. Throws ReleasedError after close.
+  std::shared_ptr<Space> space() const;
+
+  Pages reclaim(Pages wanted, bool wait) noexcept override;
+  Pages reclaimable() const noexcept override;
+
+ private:
+  friend class Sequence;
+  friend class Batch;
+
+  struct Slot {
+    std::shared_ptr<SequenceState> live;  // none: no sequence in it
+    bool is_leased = false;               // a batch of adjacent slots holds it, live or not
+    bool is_retired = false;              // the driver failed on it: never used again
+    Fence fence;                          // behind the work that may still use pages to be unmapped
+    Pages backed;                         // as of the last update_mapped
+
+    bool is_free() const { return live == nullptr && !is_leased && !is_retired; }
+  };
+
+  Cache(std::shared_ptr<FrameStore> store, const CacheOptions& options);
+
+  void check_usable() const;
+
+  // The table of slots (slots.cpp). All under mutex_, unless they say otherwise.
+  void check_open() const;
+  Slot& slot(SlotId id) { return slots_[static_cast<std::size_t>(id.value)]; }
+  const Slot& slot(SlotId id) const { return slots_[static_cast<std::size_t>(id.value)]; }
+  SlotId best_free_slot(Tokens expected) const;
+  SlotId emptiest_free_slot() const;
+  SlotId adjacent_free_slots(std::int32_t n) const;
+  [[noreturn]] void throw_no_slot(std::int32_t n) const;
+  std::shared_ptr<SequenceState> occupy(SlotId id);
+  void prepare(SequenceState& state);                       // not under mutex_
+  void vacate(SequenceState& state, Fence fence) noexcept;  // takes mutex_
+  bool is_settled(SlotId id) const;
+  void settle(SlotId id);
+  void update_mapped(SlotId id);
+  Pages kept_in_free_slots() const;
+  Pages keep_limit() const;
+  void limit_kept() noexcept;
+  Pages drop_tail(SlotId id, Tokens keep) noexcept;
+  Tokens tokens_in(Pages pages) const;
+  Pages needed_pages(const SequenceState& state) const;
+
+  // Growing and shrinking (growth.cpp). All under the claims of the sequences.
+  void extend(SequenceState& state, Tokens n, Stream stream);
+  void truncate(SequenceState& state, Tokens n, Stream stream);
+  void drop_before(SequenceState& state, Tokens position, Stream stream);
+  std::shared_ptr<Sequence> fork(const SequenceState& parent, Stream stream);
+  void release(SequenceState& state, Stream stream);
+  void grow(std::span<SequenceState* const> states, Tokens n, Stream stream);
+  void plan_growth(Edit& edit, const SequenceState& state, Tokens n);
+  // `from_after`: the slot in which the pages of `from` are once the edit is done.
+  void plan_copy(Edit& edit, SlotId from, SlotId from_after, SlotId to, Tokens length);
+  void drop_shared(SlotId id, Tokens keep) noexcept;
+  void update_capacity(SequenceState& state);
+  void commit(Edit& edit);
+
+  const std::shared_ptr<FrameStore> store_;
+  const std::optional<Bytes> keep_;
+  std::atomic<std::int64_t> mapped_pages_{0};
+  std::atomic<std::int64_t> shared_pages_{0};
+
+  mutable std::mutex mutex_;
+  std::vector<Slot> slots_;
+  bool is_closed_ = false;
+  std::shared_ptr<Space> space_;  // none after close
+};
+
+// A handle of one sequence; dropping it releases the sequence.
+class Sequence {
+ public:
+  Sequence(std::shared_ptr<Cache> cache, std::shared_ptr<SequenceState> state)
+      : cache_(std::move(cache)), state_(std::move(state)) {}
+  Sequence(const Sequence&) = delete;
+  Sequence& operator=(const Sequence&) = delete;
+  ~Sequence();
+
+  // n more tokens become writable: [length, length + n). All or nothing.
+  void extend(Tokens n, Stream stream);
+  // Forgets the tokens from position n on. Their pages stay mapped while they are likely to be
+  // used.
+  void truncate(Tokens n, Stream stream);
+  // Gives up the pages that lie whole before `position` in layers with a sliding window.
+  void drop_before(Tokens position, Stream stream);
+  // A second sequence with the same tokens: whole frames shared, the rest copied.
+  std::shared_ptr<Sequence> fork(Stream stream);
+  // Frees the slot. Does nothing the second time.
+  void release(Stream stream);
+
+  Tokens length() const { return state_->tokens(); }
+  Tokens dropped() const { return Tokens(state_->dropped.load(std::memory_order_relaxed)); }
+  bool is_released() const noexcept { return state_->is_released(); }
+  SlotId slot() const;
+
+  const std::shared_ptr<Cache>& cache() const { return cache_; }
+  const std::shared_ptr<SequenceState>& state() const { return state_; }
+
+ private:
+  const std::shared_ptr<Cache> cache_;
+  const std::shared_ptr<SequenceState> state_;
+};
+
+}  // namespace kvspan

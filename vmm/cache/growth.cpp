@@ -1,0 +1,306 @@
+// How sequences grow and shrink, in terms of pages. The fast path, a sequence that stays within its
+// capacity, is a comparison and a store; everything else is one Edit.
+#include <algorithm>
+
+#include "cache/cache.hpp"
+#include "core/errors.hpp"
+
+namespace kvspan {
+
+void Cache::extend(SequenceState& state, Tokens n, Stream stream) {
+  if (n < Tokens(1)) {
+    throw InvalidArgument("extend takes 1 token or more, not " + std::to_string(n.value));
+  }
+  const Tokens length = state.tokens();
+  if (n > space_->options().max_seq_len - length) {
+    throw CapacityError("a sequence of " + std::to_string(length.value) +
+                        " tokens cannot grow by " + std::to_string(n.value) + ": max_seq_len is " +
+                        std::to_string(space_->options().max_seq_len.value) +
+                        "; truncate it or make the cache with a larger max_seq_len");
+  }
+  const Tokens grown = length + n;
+  if (grown.value > state.capacity.load(std::memory_order_relaxed)) {
+    SequenceState* const states[] = {&state};
+    grow(states, n, stream);
+  }
+  state.length.store(static_cast<std::int32_t>(grown.value), std::memory_order_relaxed);
+}
+
+void Cache::grow(std::span<SequenceState* const> states, Tokens n, Stream stream) {
+  Edit edit = space_->edit(stream);
+  for (const SequenceState* state : states) {
+    if (state->tokens().value + n.value > state->capacity.load(std::memory_order_relaxed)) {
+      plan_growth(edit, *state, n);
+    }
+  }
+  try {
+    commit(edit);
+  } catch (...) {
+    for (SequenceState* state : states) state->is_lost = space_->is_broken(state->slot);
+    throw;
+  }
+  const std::scoped_lock lock(mutex_);
+  for (SequenceState* state : states) {
+    update_mapped(state->slot);
+    update_capacity(*state);
+  }
+}
+
+void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n) {
+  const Tokens length = state.tokens();
+  for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+    const Span& span = space_->span(state.slot, lane);
+    const PageRange range{space_->page_of(lane, length),
+                          space_->pages_with_overread(lane, length + n)};
+    space_->back(edit, state.slot, lane, range);
+    bool is_any_shared = false;
+    for (Pages page = range.first; page < range.last; ++page) {
+      is_any_shared = is_any_shared || (span[page].is_backed() && space_->is_shared(span, page));
+    }
+    if (!is_any_shared) continue;
+    // After a truncate into a shared page: the next token must not be written where others read.
+    settle(state.slot);
+    const Bytes live = space_->byte_of(lane, length) - space_->page_size() * range.first.value;
+    space_->own(edit, state.slot, lane, range, live);
+  }
+}
+
+void Cache::commit(Edit& edit) {
+  if (edit.is_empty()) return;
+  edit.commit();
+  shared_pages_.fetch_add(edit.shared_pages(), std::memory_order_relaxed);
+}
+
+void Cache::update_capacity(SequenceState& state) {
+  // Up to the first page, from where the next token goes, that is missing or shared.
+  const Tokens length = state.tokens();
+  Tokens capacity = space_->options().max_seq_len;
+  for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+    const Span& span = space_->span(state.slot, lane);
+    Pages page = space_->page_of(lane, length);
+    while (page < span.end() && span[page].is_backed() && !space_->is_shared(span, page)) {
+      page = span.frame_of(page).last;
+    }
+    if (page == span.size()) continue;  // everything, up to max_seq_len
+    const std::uint64_t bytes = space_->page_size().value * page.value;
+    const auto tokens =
+        static_cast<std::int64_t>(bytes / space_->layout().lanes()[lane].token_bytes.value);
+    capacity = std::min(capacity, Tokens(tokens) - space_->options().overread);
+  }
+  state.capacity.store(static_cast<std::int32_t>(std::max(capacity, length).value),
+                       std::memory_order_relaxed);
+}
+
+void Cache::truncate(SequenceState& state, Tokens n, Stream stream) {
+  const Tokens length = state.tokens();
+  const Tokens dropped(state.dropped.load(std::memory_order_relaxed));
+  if (n < Tokens(0) || n > length) {
+    throw InvalidArgument("truncate takes a length between 0 and the present one, " +
+                          std::to_string(length.value) + ", not " + std::to_string(n.value));
+  }
+  if (n < dropped) {
+    throw InvalidArgument("cannot truncate to " + std::to_string(n.value) +
+                          " tokens: positions before " + std::to_string(dropped.value) +
+                          " were dropped; release the sequence and take a new one");
+  }
+  const Fence fence = store_->backend().record_fence(stream);
+  state.length.store(static_cast<std::int32_t>(n.value), std::memory_order_relaxed);
+  {
+    const std::scoped_lock lock(mutex_);
+    slot(state.slot).fence = fence;
+    // Shared pages past the end are of no use to this sequence: it would have to copy them.
+    if (is_settled(state.slot)) drop_shared(state.slot, n);
+    // A surplus of its own stays, within the limit: after a rejected speculation it is needed soon.
+    const Pages needed = needed_pages(state);
+    const Pages limit = keep_limit();
+    if (slot(state.slot).backed > needed + limit && is_settled(state.slot)) {
+      drop_tail(state.slot, std::max(n, tokens_in(needed + limit)));
+    }
+    update_capacity(state);
+  }
+}
+
+void Cache::drop_shared(SlotId id, Tokens keep) noexcept {
+  try {
+    Edit edit = space_->edit({});
+    for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+      Span& span = space_->span(id, lane);
+      const auto is_shared = [&](Pages page) {
+        return page < span.end() && span[page].is_backed() && space_->is_shared(span, page);
+      };
+      for (Pages page = space_->pages_for(lane, keep); page < span.end(); ++page) {
+        if (!is_shared(page)) continue;
+        Pages last = page;
+        while (is_shared(last)) ++last;
+        edit.drop(span, {page, last});
+        page = last;
+      }
+    }
+    commit(edit);
+  } catch (const std::exception&) {
+    // They stay mapped, and are told from pages of the sequence's own by their reference count.
+  }
+  update_mapped(id);
+}
+
+void Cache::drop_before(SequenceState& state, Tokens position, Stream stream) {
+  const Tokens length = state.tokens();
+  if (!space_->layout().has_window()) {
+    throw InvalidArgument(
+        "no layer of this cache has a sliding window, so no position may be dropped; give "
+        "LayerSpec(..., window=n) to the layers that have one");
+  }
+  Tokens limit = length;
+  for (const Lane& lane : space_->layout().lanes()) {
+    // The next token, at `length`, attends to itself and the window - 1 before it.
+    if (lane.window) limit = std::min(limit, length + Tokens(1) - *lane.window);
+  }
+  limit = std::max(limit, Tokens(0));
+  if (position < Tokens(0) || position > limit) {
+    throw InvalidArgument("drop_before takes a position between 0 and " +
+                          std::to_string(limit.value) + " here (length " +
+                          std::to_string(length.value) + " less the largest window), not " +
+                          std::to_string(position.value));
+  }
+  if (position.value <= state.dropped.load(std::memory_order_relaxed)) return;
+
+  const Fence fence = store_->backend().record_fence(stream);
+  {
+    const std::scoped_lock lock(mutex_);
+    slot(state.slot).fence = fence;
+  }
+  settle(state.slot);
+  Edit edit = space_->edit(stream);
+  for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+    if (!space_->layout().lanes()[lane].window) continue;
+    edit.drop(space_->span(state.slot, lane), {Pages(0), space_->page_of(lane, position)});
+  }
+  try {
+    commit(edit);
+  } catch (...) {
+    state.is_lost = space_->is_broken(state.slot);
+    throw;
+  }
+  const std::scoped_lock lock(mutex_);
+  const Pages before = slot(state.slot).backed;
+  update_mapped(state.slot);
+  const Pages gone = before - slot(state.slot).backed;
+  state.dropped_pages.fetch_add(gone.value, std::memory_order_relaxed);
+  state.dropped.store(static_cast<std::int32_t>(position.value), std::memory_order_relaxed);
+}
+
+std::shared_ptr<Sequence> Cache::fork(const SequenceState& parent, Stream stream) {
+  std::shared_ptr<SequenceState> child;
+  {
+    const std::scoped_lock lock(mutex_);
+    check_open();
+    child = occupy(emptiest_free_slot());
+  }
+  try {
+    settle(child->slot);  // what the slot still has mapped makes way
+    Edit edit = space_->edit(stream);
+    plan_copy(edit, parent.slot, parent.slot, child->slot, parent.tokens());
+    commit(edit);
+  } catch (...) {
+    child->unclaim(Claim::released);
+    vacate(*child, {});
+    throw;
+  }
+  {
+    const std::scoped_lock lock(mutex_);
+    update_mapped(child->slot);
+    child->dropped.store(parent.dropped.load(std::memory_order_relaxed), std::memory_order_relaxed);
+    child->dropped_pages.store(parent.dropped_pages.load(std::memory_order_relaxed),
+                               std::memory_order_relaxed);
+    child->length.store(parent.length.load(std::memory_order_relaxed), std::memory_order_relaxed);
+    update_capacity(*child);
+  }
+  child->unclaim();
+  return std::make_shared<Sequence>(shared_from_this(), std::move(child));
+}
+
+void Cache::plan_copy(Edit& edit, SlotId from, SlotId from_after, SlotId to, Tokens length) {
+  // Whole frames below the length are shared; the rest, the partly filled tail, is copied into
+  // frames of its own, for that is where both will write.
+  for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+    const Span& source = space_->span(from, lane);
+    Span& target = space_->span(to, lane);
+    const Pages shared = source.narrowed({Pages(0), space_->page_of(lane, length)}).last;
+    const Pages needed = space_->pages_with_overread(lane, length);
+
+    std::vector<PageEntry> entries(std::max(needed, target.end()).value);
+    for (Pages page{}; page < shared; ++page) entries[page.value] = source[page];
+    for (Pages page = shared; page < needed; ++page) entries[page.value] = PageEntry::wanted();
+    space_->place(edit, to, lane, entries);
+
+    const Bytes tail = space_->byte_of(lane, length) - space_->page_size() * shared.value;
+    if (tail > Bytes(0)) {
+      edit.copy(target.address_of(shared), space_->span(from_after, lane).address_of(shared), tail);
+    }
+  }
+}
+
+void Cache::release(SequenceState& state, Stream stream) {
+  Fence fence;
+  try {
+    fence = store_->backend().record_fence(stream);
+  } catch (const Error&) {
+    state.unclaim();
+    throw;
+  }
+  if (!state.is_lost && store_->backend().is_passed(fence)) {
+    const std::scoped_lock lock(mutex_);
+    drop_shared(state.slot, Tokens(0));
+  }
+  vacate(state, fence);
+  state.unclaim(Claim::released);
+}
+
+// Sequence: the public handle.
+
+Sequence::~Sequence() {
+  try {
+    release({});
+  } catch (const Error&) {
+    // The slot stays taken: a fence that cannot be recorded is no proof that the work is done.
+  }
+}
+
+void Sequence::extend(Tokens n, Stream stream) {
+  cache_->check_usable();
+  const Claimed claimed(*state_);
+  cache_->extend(*state_, n, stream);
+}
+
+void Sequence::truncate(Tokens n, Stream stream) {
+  cache_->check_usable();
+  const Claimed claimed(*state_);
+  cache_->truncate(*state_, n, stream);
+}
+
+void Sequence::drop_before(Tokens position, Stream stream) {
+  cache_->check_usable();
+  const Claimed claimed(*state_);
+  cache_->drop_before(*state_, position, stream);
+}
+
+std::shared_ptr<Sequence> Sequence::fork(Stream stream) {
+  cache_->check_usable();
+  const Claimed claimed(*state_);
+  return cache_->fork(*state_, stream);
+}
+
+void Sequence::release(Stream stream) {
+  if (!cache_->store_->backend().usable())
+    return;  // in a child of fork(2) there is nothing to free
+  if (state_->claim_for_release()) cache_->release(*state_, stream);
+}
+
+SlotId Sequence::slot() const {
+  cache_->check_usable();
+  if (is_released()) throw ReleasedError("a released sequence has no slot");
+  const std::scoped_lock lock(cache_->mutex_);
+  return state_->slot;
+}
+
+}  // namespace kvspan

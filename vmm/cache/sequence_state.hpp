@@ -1,0 +1,102 @@
+// What a cache knows of one sequence, and the claim by which one thread at a time works on it.
+//
+// The claim is a flag, not a lock: a second thread that finds it set gets BusyError, for two
+// threads on one sequence are a mistake of the caller's. Only reclamation, which the caller cannot
+// see, is waited for; it never blocks while it holds a claim.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+#include "core/errors.hpp"
+#include "core/ids.hpp"
+
+namespace kvspan {
+
+enum class Claim : std::uint8_t {
+  idle,
+  used,       // by a call of the API
+  reclaimed,  // its surplus pages are being taken
+  released,   // for good
+  closed,     // for good, by closing the cache
+  lost,       // for good: the driver failed while a change was being undone
+};
+
+struct alignas(64) SequenceState {
+  std::atomic<Claim> claim{Claim::idle};
+  SlotId slot;  // changes only under a claim and the cache's mutex
+  // Written under a claim, read by anybody (relaxed: they publish nothing but themselves).
+  std::atomic<std::int32_t> length{0};
+  std::atomic<std::int32_t> capacity{0};  // up to here tokens fit without any work
+  std::atomic<std::int32_t> dropped{0};   // positions before it are gone in lanes with a window
+  std::atomic<std::uint32_t> dropped_pages{0};  // the pages that this unbacked, all lanes
+  bool is_lost = false;  // under a claim: the next unclaim makes it Claim::lost
+
+  Tokens tokens() const { return Tokens(length.load(std::memory_order_relaxed)); }
+
+  // Acquire: what the last owner did to the slot's spans happens before what the next one does.
+  bool try_claim(Claim as) noexcept {
+    Claim expected = Claim::idle;
+    return claim.compare_exchange_strong(expected, as, std::memory_order_acquire,
+                                         std::memory_order_relaxed);
+  }
+
+  void claim_or_throw() {
+    while (!try_claim(Claim::used)) {
+      switch (claim.load(std::memory_order_relaxed)) {
+        case Claim::idle:
+        case Claim::reclaimed:
+          std::this_thread::yield();
+          break;
+        case Claim::used:
+          throw BusyError(
+              "another thread is inside a call on this sequence; a sequence is one thread's at a "
+              "time: give each thread its own, or guard it with a lock");
+        case Claim::released:
+          throw ReleasedError("this sequence was released; take a new one with cache.sequence()");
+        case Claim::closed:
+          throw ReleasedError("the cache of this sequence was closed");
+        case Claim::lost:
+          throw DriverError("remap", "lost",
+                            "the driver failed while a change to this sequence was being undone; "
+                            "its tokens are lost: release it and compute them again");
+      }
+    }
+  }
+
+  // Release: pairs with the acquire of the next claim.
+  void unclaim(Claim to = Claim::idle) noexcept { claim.store(to, std::memory_order_release); }
+
+  // As above, but a lost sequence may be claimed, too. Returns false when it is released already.
+  bool claim_for_release() {
+    Claim lost = Claim::lost;
+    if (claim.compare_exchange_strong(lost, Claim::used, std::memory_order_acquire)) return true;
+    if (is_released()) return false;
+    claim_or_throw();
+    return true;
+  }
+
+  bool is_released() const noexcept {
+    const Claim now = claim.load(std::memory_order_relaxed);
+    return now == Claim::released || now == Claim::closed;
+  }
+};
+
+// A claim for as long as a block lasts.
+class Claimed {
+ public:
+  explicit Claimed(SequenceState& state) : state_(state) { state_.claim_or_throw(); }
+  Claimed(const Claimed&) = delete;
+  Claimed& operator=(const Claimed&) = delete;
+  ~Claimed() { state_.unclaim(state_.is_lost ? Claim::lost : after_); }
+
+  // The state in which the block leaves the sequence.
+  void leave_as(Claim after) { after_ = after; }
+
+ private:
+  SequenceState& state_;
+  Claim after_ = Claim::idle;
+};
+
+}  // namespace kvspan

@@ -1,0 +1,205 @@
+// The table of slots: which are free, what they keep mapped, and how much of that may stay.
+#include <algorithm>
+
+#include "cache/cache.hpp"
+#include "core/errors.hpp"
+
+namespace kvspan {
+
+namespace {
+
+// What free slots keep mapped is waste until somebody takes it over, so it is held to a fiftieth of
+// what is mapped, or a few pages a lane where that is next to nothing.
+constexpr std::int64_t kKeepOneIn = 50;
+constexpr std::uint32_t kKeepPagesPerLane = 2;
+
+}  // namespace
+
+void Cache::check_open() const {
+  if (is_closed_)
+    throw ReleasedError("this cache was closed; make a new one with KVCache(pool, ...)");
+}
+
+SlotId Cache::best_free_slot(Tokens expected) const {
+  // Best fit: the least that holds what is expected, else the most there is; settled slots first,
+  // for the others have to be waited for.
+  const Pages wanted = [&] {
+    Pages pages{};
+    for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+      pages += space_->pages_for(lane, std::min(expected, space_->options().max_seq_len));
+    }
+    return pages;
+  }();
+  const auto rank = [&](std::size_t i) {
+    const Pages has = slots_[i].backed;
+    const bool is_enough = has >= wanted;
+    const std::int64_t fit = is_enough ? std::int64_t{has.value} : -std::int64_t{has.value};
+    return std::tuple(!is_settled(SlotId(static_cast<std::int32_t>(i))), !is_enough, fit);
+  };
+  std::optional<std::size_t> best;
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].is_free() && (!best || rank(i) < rank(*best))) best = i;
+  }
+  if (!best) throw_no_slot(1);
+  return SlotId(static_cast<std::int32_t>(*best));
+}
+
+SlotId Cache::emptiest_free_slot() const {
+  std::optional<std::size_t> best;
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].is_free() && (!best || slots_[i].backed < slots_[*best].backed)) best = i;
+  }
+  if (!best) throw_no_slot(1);
+  return SlotId(static_cast<std::int32_t>(*best));
+}
+
+SlotId Cache::adjacent_free_slots(std::int32_t n) const {
+  std::int32_t run = 0;
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    run = slots_[i].is_free() ? run + 1 : 0;
+    if (run == n) return SlotId(static_cast<std::int32_t>(i) - n + 1);
+  }
+  throw_no_slot(n);
+}
+
+void Cache::throw_no_slot(std::int32_t n) const {
+  const auto free = std::ranges::count_if(slots_, &Slot::is_free);
+  throw CapacityError(
+      (n == 1 ? std::string("no free slot") : "no " + std::to_string(n) + " adjacent free slots") +
+      ": " + std::to_string(free) + " of max_seqs = " + std::to_string(slots_.size()) +
+      " are free; release sequences or make the cache with more max_seqs");
+}
+
+std::shared_ptr<SequenceState> Cache::occupy(SlotId id) {
+  auto state = std::make_shared<SequenceState>();
+  state->slot = id;
+  state->claim.store(Claim::used, std::memory_order_relaxed);  // until it is prepared
+  slot(id).live = state;
+  return state;
+}
+
+void Cache::prepare(SequenceState& state) {
+  const SlotId id = state.slot;
+  try {
+    // Work on the last sequence's pages must be done before they are written again.
+    settle(id);
+    if (space_->options().scrub == Scrub::reuse) {
+      Backend& backend = store_->backend();
+      for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+        const Span& span = space_->span(id, lane);
+        for (Pages page{}; page < span.end(); ++page) {
+          if (!span[page].is_backed() || space_->is_shared(span, page)) continue;
+          space_->account().add(Call::fill, 1);
+          backend.fill(span.address_of(page), 0, space_->page_size(), {});
+        }
+      }
+    }
+    update_capacity(state);
+  } catch (...) {
+    state.unclaim(Claim::released);
+    vacate(state, {});
+    throw;
+  }
+  state.unclaim();
+}
+
+void Cache::vacate(SequenceState& state, Fence fence) noexcept {
+  const std::scoped_lock lock(mutex_);
+  if (is_closed_) return;
+  Slot& s = slot(state.slot);
+  s.live.reset();
+  s.fence = fence;
+  s.is_retired = space_->is_broken(state.slot);
+  update_mapped(state.slot);
+  limit_kept();
+}
+
+bool Cache::is_settled(SlotId id) const { return store_->backend().is_passed(slot(id).fence); }
+
+void Cache::settle(SlotId id) {
+  if (is_settled(id)) return;
+  space_->account().add(Call::wait_fence, 1);
+  store_->backend().wait(slot(id).fence);
+}
+
+void Cache::update_mapped(SlotId id) {
+  const Pages now = space_->backed_pages(id);
+  const auto change = std::int64_t{now.value} - std::int64_t{slot(id).backed.value};
+  slot(id).backed = now;
+  mapped_pages_.fetch_add(change, std::memory_order_relaxed);
+}
+
+Pages Cache::kept_in_free_slots() const {
+  Pages kept{};
+  for (const Slot& s : slots_) {
+    if (!s.live) kept += s.backed;
+  }
+  return kept;
+}
+
+Pages Cache::keep_limit() const {
+  if (keep_) {
+    return Pages(static_cast<std::uint32_t>(
+        std::min<std::uint64_t>(keep_->value / space_->page_size().value, UINT32_MAX)));
+  }
+  const auto share = mapped_pages_.load(std::memory_order_relaxed) / kKeepOneIn;
+  return std::max(Pages(static_cast<std::uint32_t>(share)),
+                  Pages(static_cast<std::uint32_t>(space_->n_lanes()) * kKeepPagesPerLane));
+}
+
+void Cache::limit_kept() noexcept {
+  for (;;) {
+    const Pages kept = kept_in_free_slots();
+    const Pages limit = keep_limit();
+    if (kept <= limit) return;
+    const Pages excess = kept - limit;
+    // From the slot that keeps most, and from its end: every sequence needs the pages at the front.
+    std::optional<std::size_t> fullest;
+    for (std::size_t i = 0; i < slots_.size(); ++i) {
+      const bool is_candidate = !slots_[i].live && !slots_[i].is_retired &&
+                                is_settled(SlotId(static_cast<std::int32_t>(i)));
+      if (is_candidate && (!fullest || slots_[i].backed > slots_[*fullest].backed)) fullest = i;
+    }
+    if (!fullest) return;
+    const Pages has = slots_[*fullest].backed;
+    const Tokens keep = has > excess ? tokens_in(has - excess) : Tokens(0);
+    if (drop_tail(SlotId(static_cast<std::int32_t>(*fullest)), keep) == Pages(0)) return;
+  }
+}
+
+Pages Cache::drop_tail(SlotId id, Tokens keep) noexcept {
+  const Pages before = slot(id).backed;
+  try {
+    settle(id);
+    Edit edit = space_->edit({});
+    for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+      Span& span = space_->span(id, lane);
+      edit.drop(span, {space_->pages_with_overread(lane, keep), span.end()});
+    }
+    commit(edit);
+  } catch (const std::exception&) {
+    // Not unmapped is still mapped: nothing is lost but the memory that somebody hoped for.
+  }
+  update_mapped(id);
+  return before - slot(id).backed;
+}
+
+Tokens Cache::tokens_in(Pages pages) const {
+  // Rounding up to whole pages in every lane must not exceed `pages`.
+  const auto spare = static_cast<std::uint32_t>(space_->n_lanes() - 1);
+  if (pages.value <= spare) return Tokens(0);
+  Bytes token_bytes{};
+  for (const Lane& lane : space_->layout().lanes()) token_bytes += lane.token_bytes;
+  const std::uint64_t bytes = (pages.value - spare) * space_->page_size().value;
+  return Tokens(static_cast<std::int64_t>(bytes / token_bytes.value));
+}
+
+Pages Cache::needed_pages(const SequenceState& state) const {
+  Pages needed{};
+  for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+    needed += space_->pages_with_overread(lane, state.tokens());
+  }
+  return needed - Pages(state.dropped_pages.load(std::memory_order_relaxed));
+}
+
+}  // namespace kvspan

@@ -1,0 +1,127 @@
+#include "cache/space.hpp"
+
+#include <algorithm>
+#include <map>
+
+#include "core/errors.hpp"
+#include "core/sizes.hpp"
+
+namespace kvspan {
+
+Space::Space(std::shared_ptr<FrameStore> store, Layout layout, const SpaceOptions& options)
+    : store_(std::move(store)), layout_(std::move(layout)), options_(options) {
+  // Stale bytes are harmless to a lane only if they were written as the same dtype at the same
+  // alignment: lanes of one dtype share a tag, the others never reuse without zeroing.
+  std::map<DType, OwnerTag> tags;
+  const std::uint64_t slots = static_cast<std::uint64_t>(options_.n_slots);
+  const auto positions =
+      static_cast<std::uint64_t>((options_.max_seq_len + options_.overread).value);
+  Backend& backend = store_->backend();
+  try {
+    for (const Lane& lane : layout_.lanes()) {
+      const std::uint64_t pages = div_up(positions * lane.token_bytes.value, page_size().value);
+      if (pages > UINT32_MAX || pages * slots > UINT64_MAX / 2 / page_size().value) {
+        throw InvalidArgument("max_seq_len and max_seqs ask for more than the address space holds");
+      }
+      slot_pages_.push_back(Pages(static_cast<std::uint32_t>(pages)));
+      const auto [tag, is_new] = tags.try_emplace(lane.dtype);
+      if (is_new || !lane.is_uniform) tag->second = store_->new_owner();
+      owners_.push_back(tag->second);
+      account_.add(Call::reserve, 1);
+      reservations_.push_back(backend.reserve(page_size() * (pages * slots), options_.unmapped));
+    }
+    spans_.reserve(slots * n_lanes());
+    for (std::uint64_t slot = 0; slot < slots; ++slot) {
+      for (std::size_t lane = 0; lane < n_lanes(); ++lane) {
+        spans_.emplace_back(reservations_[lane].base + slot_bytes(lane) * slot, slot_pages_[lane],
+                            page_size());
+      }
+    }
+  } catch (...) {
+    for (const VirtualRange& range : reservations_) backend.free(range);
+    throw;
+  }
+}
+
+Space::~Space() {
+  Backend& backend = store_->backend();
+  if (!backend.usable()) return;  // a child of fork(2): all of this is the parent's
+  for (Span& span : spans_) {
+    for (Pages page{}; page < span.end();) {
+      if (!span[page].is_backed()) {
+        ++page;
+        continue;
+      }
+      const PageRange frame = span.frame_of(page);
+      const FrameId id = span[page].frame;
+      try {
+        account_.add(Call::unmap, 1);
+        backend.unmap({span.address_of(frame.first), page_size() * frame.count().value}, 1);
+        store_->give({&id, 1});
+      } catch (const Error&) {
+        // The frame stays in use for ever: better a leak than a page under somebody else's tokens.
+      }
+      page = frame.last;
+    }
+  }
+  for (const VirtualRange& range : reservations_) {
+    account_.add(Call::free, 1);
+    backend.free(range);
+  }
+}
+
+Bytes Space::slot_bytes(std::size_t lane) const { return page_size() * slot_pages_[lane].value; }
+
+Bytes Space::reserved_bytes() const {
+  Bytes total{};
+  for (const VirtualRange& range : reservations_) total += range.size;
+  return total;
+}
+
+Bytes Space::byte_of(std::size_t lane, Tokens position) const {
+  return layout_.lanes()[lane].token_bytes * static_cast<std::uint64_t>(position.value);
+}
+
+Pages Space::page_of(std::size_t lane, Tokens position) const {
+  return Pages(static_cast<std::uint32_t>(byte_of(lane, position).value / page_size().value));
+}
+
+Pages Space::pages_for(std::size_t lane, Tokens n) const {
+  return Pages(static_cast<std::uint32_t>(div_up(byte_of(lane, n).value, page_size().value)));
+}
+
+Pages Space::pages_with_overread(std::size_t lane, Tokens n) const {
+  if (n == Tokens(0)) return Pages(0);
+  return pages_for(lane, std::min(n, options_.max_seq_len) + options_.overread);
+}
+
+Pages Space::backed_pages(SlotId slot) const {
+  Pages total{};
+  for (std::size_t lane = 0; lane < n_lanes(); ++lane) total += span(slot, lane).backed_pages();
+  return total;
+}
+
+bool Space::is_broken(SlotId slot) const {
+  for (std::size_t lane = 0; lane < n_lanes(); ++lane) {
+    if (span(slot, lane).is_broken()) return true;
+  }
+  return false;
+}
+
+bool Space::always_scrub(std::size_t lane) const {
+  return options_.scrub == Scrub::reuse || !layout_.lanes()[lane].is_uniform;
+}
+
+void Space::back(Edit& edit, SlotId slot, std::size_t lane, PageRange range) {
+  edit.back(span(slot, lane), range, owners_[lane], always_scrub(lane));
+}
+
+void Space::own(Edit& edit, SlotId slot, std::size_t lane, PageRange range, Bytes live) {
+  edit.own(span(slot, lane), range, live, owners_[lane], always_scrub(lane));
+}
+
+void Space::place(Edit& edit, SlotId slot, std::size_t lane, std::span<const PageEntry> entries) {
+  edit.place(span(slot, lane), Pages(0), entries, owners_[lane], always_scrub(lane));
+}
+
+}  // namespace kvspan

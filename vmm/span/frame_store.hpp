@@ -1,0 +1,118 @@
+// The frame store: where the frame pool's ids meet the backend's memory, under one budget. This is
+// what the Python API calls a pool.
+//
+// A frame is created (given physical memory) when it is first taken, kept when it is given back,
+// and taken again without a driver call. When frames run out, the store asks its reclaimers (the
+// caches) to give up pages that no live token needs, re-balances the size classes, and only then
+// says OutOfMemory.
+//
+// Threads: everything may be called from any thread. Taking and giving frames that exist is
+// lock-free. `pressure_` is held while memory is being found for somebody; it comes before every
+// lock that a reclaimer takes, so a reclaimer must not call `take` while it holds one of those.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "backend/backend.hpp"
+#include "core/ids.hpp"
+#include "pool/frame_pool.hpp"
+#include "span/span.hpp"
+
+namespace kvspan {
+
+// Somebody who holds frames that he can do without.
+class Reclaimer {
+ public:
+  // Gives back about `wanted` pages, or what it has. With `wait`, also pages whose fence has yet to
+  // be passed. Returns how many were given back. Must not block on a caller of `take`.
+  virtual Pages reclaim(Pages wanted, bool wait) noexcept = 0;
+  virtual Pages reclaimable() const noexcept = 0;
+
+ protected:
+  ~Reclaimer() = default;
+};
+
+// Whose bytes a frame last held: a frame that changes owner is zeroed first (DESIGN rule 5).
+using OwnerTag = Id<struct OwnerTagTag, std::uint32_t>;
+
+class FrameStore {
+ public:
+  struct Counts {
+    Bytes capacity;
+    Bytes in_use;   // frames that somebody references
+    Bytes created;  // physical memory held, used or not
+  };
+
+  // A frame that was taken, and whether it holds bytes that its new owner must not see.
+  struct Taken {
+    FrameId frame;
+    bool is_dirty = false;
+  };
+
+  // Throws InvalidArgument unless capacity is a positive multiple of the page size.
+  FrameStore(std::unique_ptr<Backend> backend, Bytes capacity, SizeClass largest);
+
+  Backend& backend() noexcept { return *backend_; }
+  const Backend& backend() const noexcept { return *backend_; }
+  Bytes page_size() const noexcept { return page_size_; }
+  SizeClass largest_class() const noexcept { return pool_.largest_class(); }
+  OwnerTag new_owner() noexcept;
+
+  // What a gap of unbacked pages is to be filled with.
+  struct Gap {
+    Pages pages;
+    OwnerTag owner;
+    bool always_scrub = false;  // what the owner itself left behind counts as dirty, too
+  };
+
+  // Takes the frames that cover every gap exactly, in order, largest frames first, created and with
+  // one reference each, and appends them to `out`. All or nothing. Throws OutOfMemory.
+  void take(std::span<const Gap> gaps, std::vector<Taken>& out);
+
+  // Adds a reference to a frame that the caller already holds one of.
+  void share(FrameId frame);
+  // Takes a reference from each. Returns the pages that nobody references any more.
+  Pages give(std::span<const FrameId> frames) noexcept;
+  std::uint32_t references(FrameId frame) const noexcept { return pool_.references(frame); }
+
+  // Creates frames ahead, one page each, until `size` bytes of free ones exist. Throws OutOfMemory.
+  void create_ahead(Bytes size);
+  // Gives the memory of free frames back to the machine. Returns how much that was.
+  Bytes trim();
+
+  Counts counts() const noexcept;
+  Bytes reclaimable() const noexcept;
+
+  void add(Reclaimer* reclaimer);
+  void remove(Reclaimer* reclaimer) noexcept;
+
+ private:
+  // What stands behind an id. Values from kFirstOwner on: present, last used by that owner.
+  enum : std::uint32_t { kAbsent = 0, kClean = 1, kFirstOwner = 2 };
+  using State = std::atomic<std::uint32_t>;
+
+  State& state_of(FrameId frame) noexcept;
+  bool try_take(std::span<const Gap> gaps, std::vector<Taken>& out);
+  bool try_take_class(SizeClass c, std::size_t n, std::vector<FrameId>& frames);
+  bool create_absent(std::span<const FrameId> frames);
+  bool reserve_budget(Pages pages) noexcept;
+  Pages release_free(Pages wanted);
+
+  const std::unique_ptr<Backend> backend_;
+  const Bytes page_size_;
+  const Pages capacity_;
+  FramePool pool_;
+  std::vector<std::unique_ptr<State[]>> states_;  // one array a size class
+  std::atomic<std::uint64_t> created_{0};         // pages with physical memory, never over capacity
+  std::atomic<std::uint32_t> next_owner_{kFirstOwner};
+
+  mutable std::mutex pressure_;  // guards reclaimers_, and admits one finder of memory at a time
+  std::vector<Reclaimer*> reclaimers_;
+};
+
+}  // namespace kvspan
