@@ -1,0 +1,46 @@
+"""KV caches that look contiguous and are paged underneath.
+
+A `Pool` holds the physical memory of one device, a `KVCache` over it the KV tensors of one model, a
+`Sequence` one request's tokens in a slot of the cache, a `Batch` sequences that decode together.
+"""
+
+from importlib.metadata import version
+
+from kvspan._native import (
+    BusyError,
+    CapacityError,
+    DriverError,
+    Error,
+    InvalidArgument,
+    OutOfMemory,
+    ReleasedError,
+)
+from kvspan.batch import Batch
+from kvspan.cache import KVCache
+from kvspan.layers import LayerSpec, Plane
+from kvspan.pool import Pool
+from kvspan.sequence import Sequence
+from kvspan.stats import CacheStats, CallCount, PageMapEntry, PoolStats
+
+__version__ = version("kvspan")
+
+__all__ = [
+    "Batch",
+    "BusyError",
+    "CacheStats",
+    "CallCount",
+    "CapacityError",
+    "DriverError",
+    "Error",
+    "InvalidArgument",
+    "KVCache",
+    "LayerSpec",
+    "OutOfMemory",
+    "PageMapEntry",
+    "Plane",
+    "Pool",
+    "PoolStats",
+    "ReleasedError",
+    "Sequence",
+    "__version__",
+]

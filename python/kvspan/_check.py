@@ -1,0 +1,66 @@
+"""Arguments as users write them, checked and converted; every error says what is allowed."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+from kvspan._native import InvalidArgument
+
+_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def size_bytes(value: int | str, name: str, least: int = 0) -> int:
+    """Return `value`, a number of bytes or a string such as "512MiB", in bytes."""
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value)
+        if match is None or match[2] not in _UNITS:
+            raise InvalidArgument(
+                f'{name} must be a number of bytes or a size such as "512MiB" or "4GiB" '
+                f"(units {', '.join(u for u in _UNITS if u)}), not {value!r}"
+            )
+        n = int(float(match[1]) * _UNITS[match[2]])
+    else:
+        n = integer(value, name)
+    if not least <= n < 1 << 63:
+        raise InvalidArgument(f"{name} must be {least} bytes or more, not {value!r}")
+    return n
+
+
+def integer(value: Any, name: str, least: int | None = None, most: int = (1 << 31) - 1) -> int:
+    """Return `value` as an int; what is merely truncatable to one (1.5, "3") is refused."""
+    try:
+        n = operator.index(value)
+    except TypeError:
+        raise InvalidArgument(f"{name} must be an integer, not {value!r}") from None
+    if least is not None and not least <= n <= most:
+        raise InvalidArgument(f"{name} must be between {least} and {most}, not {n}")
+    return n
+
+
+def tokens(value: Any, name: str) -> int:
+    """Return a number of tokens that fits the native calls, which check it against the state."""
+    n = integer(value, name)
+    if not -(1 << 62) < n < 1 << 62:
+        raise InvalidArgument(f"{name} is out of range: {n}")
+    return n
+
+
+def choice(value: str, name: str, allowed: tuple[str, ...]) -> str:
+    """Return `value` if it is one of `allowed`."""
+    if value not in allowed:
+        quoted = ", ".join(f'"{a}"' for a in allowed)
+        raise InvalidArgument(f"{name} must be one of {quoted}, not {value!r}")
+    return value
+
+
+def size_text(n: int) -> str:
+    """Return a number of bytes as people write it."""
+    value = float(n)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} TiB"

@@ -1,0 +1,117 @@
+"""Sequences that decode together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvspan import _native
+from kvspan._check import integer, tokens
+from kvspan._native import InvalidArgument
+from kvspan.sequence import Sequence
+
+if TYPE_CHECKING:
+    from kvspan.cache import KVCache
+
+
+class Batch:
+    """Rows of sequences; made by `KVCache.batch`.
+
+    `lengths` and `slots` are int32 tensors at fixed addresses (``cache_seqlens`` and
+    ``cache_batch_idx`` of FlashAttention); they change in place.
+    """
+
+    def __init__(self, cache: KVCache, native: _native.Batch, sequences: list[Sequence]) -> None:
+        self._cache = cache
+        self._native = native
+        self._sequences = sequences
+        self._make_tensors()
+
+    def _make_tensors(self) -> None:
+        self._before = torch.from_dlpack(self._native.before_view())
+        self._lengths = torch.from_dlpack(self._native.lengths_view())
+        self._slots = torch.from_dlpack(self._native.slots_view())
+
+    def step(self, n_tokens: int = 1) -> torch.Tensor:
+        """Extend every row by `n_tokens` in one native call.
+
+        Returns
+        -------
+        torch.Tensor
+            int32 ``[rows]``: the lengths *before* the step, which is where the new tokens go. The
+            same tensor each time, written in place.
+
+        Raises
+        ------
+        CapacityError, OutOfMemory, ReleasedError, BusyError
+            As `Sequence.extend`; no row has grown then.
+        """
+        self._native.step(tokens(n_tokens, "n_tokens"))
+        return self._before
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int32 ``[rows]``: the lengths now, also if rows were extended by themselves."""
+        self._native.refresh()
+        return self._lengths
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int32 ``[rows]``: the slot of each row."""
+        return self._slots
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The rows, in order."""
+        return list(self._sequences)
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, ...]:
+        """Return the rows of each plane of a layer, ``[rows, positions, heads, dim]``; no copy.
+
+        Raises
+        ------
+        InvalidArgument
+            The rows are not in adjacent slots: the batch was not made with ``cache.batch(n)``.
+        """
+        first = self._native.first_slot
+        if first is None:
+            raise InvalidArgument(
+                "rows side by side need adjacent slots: make the batch with cache.batch(n), or "
+                "index cache.layer(i) by batch.slots"
+            )
+        return tuple(plane[first : first + len(self)] for plane in self._cache.layer(index))
+
+    def select(self, rows: Items[int] | torch.Tensor) -> None:
+        """Make row i what row ``rows[i]`` was, by remapping pages: no KV history is copied.
+
+        Rows permute, repeat (sharing whole pages, copying the partly filled last one) and drop
+        (their sequences are released). Sequences move with their rows. At most as many rows as the
+        batch was made with.
+
+        Raises
+        ------
+        InvalidArgument
+            The batch is not of adjacent slots, or a row is out of range.
+        OutOfMemory, CapacityError
+            Nothing has changed.
+        """
+        given = rows.tolist() if isinstance(rows, torch.Tensor) else rows
+        wanted = [integer(row, "a row") for row in given]
+        if any(not -(1 << 31) <= row < 1 << 31 for row in wanted):
+            raise InvalidArgument(f"rows are out of range: {wanted}")
+        self._native.select(wanted)
+        known = {id(s._native): s for s in self._sequences}
+        self._sequences = [
+            known.get(id(native)) or Sequence(self._cache, native) for native in self._native.rows
+        ]
+        self._make_tensors()
+
+    def __repr__(self) -> str:
+        first = self._native.first_slot
+        where = "any slots" if first is None else f"adjacent slots from {first}"
+        return f"<kvspan.Batch of {len(self)} rows in {where}>"

@@ -1,0 +1,255 @@
+"""The KV tensors of one model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence as Items
+from types import TracebackType
+
+import torch
+
+from kvspan import _native
+from kvspan._check import choice, integer, size_bytes, size_text, tokens
+from kvspan._native import InvalidArgument, ReleasedError
+from kvspan.batch import Batch
+from kvspan.layers import LayerSpec
+from kvspan.pool import Pool
+from kvspan.sequence import Sequence
+from kvspan.stats import CacheStats, PageMapEntry, call_counts
+
+
+class KVCache:
+    """Tensors ``[slots, positions, kv_heads, head_dim]`` whose pages are mapped as tokens arrive.
+
+    Parameters
+    ----------
+    pool
+        Where the memory comes from. Caches of several models may share one.
+    n_layers, n_kv_heads, head_dim, dtype
+        The shorthand for layers that are all alike, with planes K and V.
+    max_seqs
+        The number of slots: sequences that live at the same time.
+    max_seq_len
+        Positions in a slot. Address space, not memory: be generous.
+    layers
+        One `LayerSpec` a layer, instead of the shorthand.
+    layers_per_page
+        How many layers' planes lie side by side in a page: 1, any divisor of the number of layers,
+        or all. ``"auto"`` chooses, and `layout` says why.
+    split_planes
+        Put K and V into pages of their own.
+    overread_tokens
+        How far past a length pages stay mapped, for kernels that read in tiles. ``"auto"``: 0
+        where unmapped parts read as zeros, else 128, FlashAttention's largest tile.
+    unmapped
+        What a kernel reads where no page is: ``"zero"`` (zeros), or ``"fault"`` (a trap). Writing
+        there always traps.
+    scrub
+        ``"cross"``: pages that last held another cache's or dtype's bytes are zeroed. ``"reuse"``:
+        also what another sequence of this cache left behind (tenants that must not see each other).
+    keep
+        The most memory that free slots keep mapped for the next sequence. ``"auto"``: 2% of what is
+        mapped.
+
+    Raises
+    ------
+    InvalidArgument, CapacityError
+        A parameter that cannot be; address space that is not to be had.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        n_layers: int | None = None,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        max_seqs: int,
+        max_seq_len: int,
+        layers: Items[LayerSpec] | None = None,
+        layers_per_page: int | str = "auto",
+        split_planes: bool = False,
+        overread_tokens: int | str = "auto",
+        unmapped: str = "zero",
+        scrub: str = "cross",
+        keep: int | str = "auto",
+    ) -> None:
+        if not isinstance(pool, Pool):
+            raise InvalidArgument(f"pool must be a kvspan.Pool, not {type(pool).__name__}")
+        specs = _layer_specs(n_layers, n_kv_heads, head_dim, dtype, layers)
+        self._native = _native.make_cache(
+            pool._native,
+            [spec.to_native() for spec in specs],
+            integer(max_seqs, "max_seqs", 1),
+            tokens(max_seq_len, "max_seq_len"),
+            0 if layers_per_page == "auto" else integer(layers_per_page, "layers_per_page", 1),
+            bool(split_planes),
+            None if overread_tokens == "auto" else tokens(overread_tokens, "overread_tokens"),
+            choice(unmapped, "unmapped", ("zero", "fault")) == "zero",
+            choice(scrub, "scrub", ("cross", "reuse")) == "reuse",
+            None if keep == "auto" else size_bytes(keep, "keep"),
+        )
+        layout = self._native.layout()
+        if layout["offset_warning"]:
+            warnings.warn(layout["offset_warning"], stacklevel=2)
+        self.pool = pool
+        self.layers: tuple[LayerSpec, ...] = tuple(specs)
+        self.max_seqs = int(max_seqs)
+        self.max_seq_len = int(max_seq_len)
+        self.layers_per_page: int = layout["layers_per_page"]
+        self.bytes_per_token: int = layout["bytes_per_token"]
+        self.overread_tokens: int = layout["overread_tokens"]
+        lanes: list[int] = layout["lane_token_bytes"]
+        self.tokens_per_page: tuple[float, ...] = tuple(pool.page_size / n for n in lanes)
+        self.layout: str = (
+            f"{self.layers_per_page} of {len(specs)} layers per page, {len(lanes)} "
+            f"lane{'s' * (len(lanes) > 1)}, {min(self.tokens_per_page):.1f} tokens a page "
+            f"({layout['explanation']})"
+        )
+        self._planes: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._is_closed = False
+
+    def layer(self, index: int) -> tuple[torch.Tensor, ...]:
+        """Return the planes of a layer, usually ``(k, v)``.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Strided views ``[slots, positions, kv_heads, head_dim]`` of the cache's memory: no copy,
+            always the same addresses. They keep the memory alive, also after `close`.
+
+        Raises
+        ------
+        InvalidArgument
+            There is no such layer.
+        ReleasedError
+            The cache was closed.
+        """
+        planes = self._planes.get(index)
+        if planes is None:
+            i = integer(index, "the layer's index")
+            if not 0 <= i < len(self.layers):
+                raise InvalidArgument(f"the layers are 0 to {len(self.layers) - 1}, not {i}")
+            planes = tuple(
+                torch.from_dlpack(self._native.plane_view(i, p))
+                for p in range(len(self.layers[i].planes))
+            )
+            self._planes[i] = planes
+        return planes
+
+    def view(self, index: int, plane: int) -> _native.TensorView:
+        """Return one plane for other consumers of DLPack: ``numpy.from_dlpack(cache.view(0, 0))``.
+
+        NumPy has no bfloat16 and no float8, and refuses those.
+        """
+        planes = len(self.layers[index].planes) if 0 <= index < len(self.layers) else 0
+        if not 0 <= plane < planes:
+            raise InvalidArgument(f"layer {index} has no plane {plane}")
+        return self._native.plane_view(index, plane)
+
+    def sequence(self, n_tokens: int = 0) -> Sequence:
+        """Take a slot for a new, empty sequence.
+
+        Parameters
+        ----------
+        n_tokens
+            How long it is likely to get: the free slot whose pages fit best is taken. Only a hint.
+
+        Raises
+        ------
+        CapacityError
+            All slots are taken.
+        """
+        return Sequence(self, self._native.sequence(tokens(n_tokens, "n_tokens")))
+
+    def batch(self, rows: int | Items[Sequence]) -> Batch:
+        """Return a batch of the given sequences, or of so many new ones in adjacent slots.
+
+        Raises
+        ------
+        InvalidArgument
+            No rows, a row twice, or a sequence of another cache.
+        CapacityError
+            There are not so many adjacent free slots.
+        """
+        if isinstance(rows, Items) and not isinstance(rows, str):
+            for row in rows:
+                if not isinstance(row, Sequence):
+                    raise InvalidArgument(f"a batch is made of sequences, not {row!r}")
+            return Batch(self, self._native.batch([row._native for row in rows]), list(rows))
+        native = self._native.adjacent_batch(integer(rows, "the number of rows", 1))
+        return Batch(self, native, [Sequence(self, row) for row in native.rows])
+
+    def trim(self) -> int:
+        """Unmap every page that holds no live token; return how many bytes that was.
+
+        The frames go back to the pool, not to the machine: see `Pool.trim`.
+        """
+        return self._native.trim()
+
+    def stats(self) -> CacheStats:
+        """Return what the cache maps, and its driver calls by name."""
+        f = self._native.figures()
+        calls = call_counts(f)
+        del f["calls"]
+        return CacheStats(**f, calls=calls)
+
+    def page_map(self) -> list[PageMapEntry]:
+        """Return every mapped page, ordered by slot, lane and page."""
+        return [PageMapEntry(*entry) for entry in self._native.page_map()]
+
+    def close(self) -> None:
+        """End the API of the cache and of its sequences, which waits for calls under way.
+
+        The memory lives until the last tensor over it is gone. May be called again.
+        """
+        self._native.close()
+        self._planes.clear()
+        self._is_closed = True
+
+    def __enter__(self) -> KVCache:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._is_closed:
+            return "<kvspan.KVCache, closed>"
+        try:
+            s = self.stats()
+        except ReleasedError:
+            return "<kvspan.KVCache of a forked process's parent>"
+        return (
+            f"<kvspan.KVCache: {s.n_sequences} of {s.n_slots} slots of {self.max_seq_len} "
+            f"positions, {size_text(s.used_bytes)} used of {size_text(s.mapped_bytes)} mapped; "
+            f"{self.layout}>"
+        )
+
+
+def _layer_specs(
+    n_layers: int | None,
+    n_kv_heads: int | None,
+    head_dim: int | None,
+    dtype: torch.dtype,
+    layers: Items[LayerSpec] | None,
+) -> list[LayerSpec]:
+    if layers is not None:
+        if not (n_layers is None and n_kv_heads is None and head_dim is None):
+            raise InvalidArgument(
+                "give either layers=[...] or n_layers, n_kv_heads and head_dim, not both"
+            )
+        for layer in layers:
+            if not isinstance(layer, LayerSpec):
+                raise InvalidArgument(f"layers is made of LayerSpec, not {layer!r}")
+        return list(layers)
+    if n_layers is None or n_kv_heads is None or head_dim is None:
+        raise InvalidArgument("a cache needs n_layers, n_kv_heads and head_dim, or layers=[...]")
+    spec = LayerSpec(n_kv_heads, head_dim, dtype)
+    return [spec] * integer(n_layers, "n_layers", 1, 1 << 16)

@@ -1,0 +1,128 @@
+"""One request's tokens."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvspan import _native
+from kvspan._check import tokens
+from kvspan._native import ReleasedError
+
+if TYPE_CHECKING:
+    from kvspan.cache import KVCache
+
+
+class Sequence:
+    """A growing run of tokens in one slot of a cache; made by `KVCache.sequence`.
+
+    Every change happens whole or not at all. A sequence is one thread's at a time: a second thread
+    inside a call gets BusyError. Dropping the last reference releases it.
+    """
+
+    def __init__(self, cache: KVCache, native: _native.Sequence) -> None:
+        self._cache = cache
+        self._native = native
+
+    def extend(self, n_tokens: int) -> None:
+        """Make `n_tokens` more positions, ``[length, length + n_tokens)``, readable and writable.
+
+        What the new positions hold before they are written is not defined, but finite for float
+        dtypes unless NaN was written there before.
+
+        Raises
+        ------
+        InvalidArgument
+            `n_tokens` is less than 1.
+        CapacityError
+            The sequence would pass max_seq_len, or the process its limit of mappings.
+        OutOfMemory
+            The pool has too few frames, also after reclaiming what is kept. The sequence is as it
+            was: release or truncate others and try again.
+        ReleasedError, BusyError
+        """
+        self._native.extend(tokens(n_tokens, "n_tokens"))
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from position `length` on (0 <= length <= the present one)."""
+        self._native.truncate(tokens(length, "length"))
+
+    def drop_before(self, position: int) -> None:
+        """Give up positions before `position` in the layers that have a sliding window.
+
+        Pages that lie whole before it are unmapped and read as zeros. Layers without a window are
+        not touched.
+
+        Raises
+        ------
+        InvalidArgument
+            No layer has a window, or `position` is one that the next token still attends to.
+        """
+        self._native.drop_before(tokens(position, "position"))
+
+    def fork(self) -> Sequence:
+        """Return a new sequence with the same tokens.
+
+        Whole pages are shared; the partly filled last page is copied, so either may go on writing.
+
+        Raises
+        ------
+        CapacityError
+            No slot is free.
+        OutOfMemory
+            There is no frame for the copied page. Nothing has changed.
+        """
+        return Sequence(self._cache, self._native.fork())
+
+    def release(self) -> None:
+        """Free the slot. Does nothing the second time."""
+        self._native.release()
+
+    @property
+    def length(self) -> int:
+        """How many tokens the sequence has."""
+        return self._native.length
+
+    def __len__(self) -> int:
+        return self._native.length
+
+    @property
+    def slot(self) -> int:
+        """The index in the tensors' first dimension (``cache_batch_idx``)."""
+        return self._native.slot
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the sequence was released, or its cache closed."""
+        return self._native.is_released
+
+    def layer(self, index: int) -> tuple[torch.Tensor, ...]:
+        """Return this sequence's part of each plane of a layer, ``[length, heads, dim]``; no copy.
+
+        Raises
+        ------
+        ReleasedError
+            The sequence was released: its slot may belong to somebody else.
+        """
+        if self.is_released:
+            raise ReleasedError("this sequence was released; its slot may be another's now")
+        slot, length = self.slot, self.length
+        return tuple(plane[slot, :length] for plane in self._cache.layer(index))
+
+    def __enter__(self) -> Sequence:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        if self.is_released:
+            return "<kvspan.Sequence, released>"
+        return f"<kvspan.Sequence in slot {self.slot}: {self.length} tokens>"

@@ -1,0 +1,77 @@
+"""Exact figures of pools and caches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class CallCount(NamedTuple):
+    """How often a driver call was made, and how many frames (handles) it concerned in all."""
+
+    calls: int
+    handles: int
+
+
+class PageMapEntry(NamedTuple):
+    """One mapped page of a cache: which slot, lane and page of it, and the frame behind it."""
+
+    slot: int
+    lane: int
+    page: int
+    frame_id: int
+    n_references: int
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """What a pool holds, in bytes.
+
+    ``in_use`` frames are referenced by a cache; ``free`` ones were created and are unused;
+    ``fresh`` is what the capacity still allows to create. The three add up to the capacity.
+    ``huge`` and ``small`` say how the physical memory lies in pages of the machine, and
+    ``huge_refusal`` why the latest that is not huge is not.
+    """
+
+    capacity_bytes: int
+    in_use_bytes: int
+    free_bytes: int
+    fresh_bytes: int
+    huge_bytes: int
+    small_bytes: int
+    huge_refusal: str
+    n_failures: int
+    calls: Mapping[str, CallCount]
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache maps, in bytes as its page tables show it.
+
+    ``mapped = used + partial + ahead + kept``: live token bytes; the unused rest of their pages;
+    pages mapped ahead for kernels that read past a length; pages kept mapped for the next sequence
+    (in free slots, and past the length after a truncate). ``shared`` bytes of ``mapped`` are second
+    mappings of frames that are counted already: the physical memory is ``mapped - shared``.
+    """
+
+    reserved_bytes: int
+    mapped_bytes: int
+    used_bytes: int
+    partial_bytes: int
+    ahead_bytes: int
+    kept_bytes: int
+    shared_bytes: int
+    n_sequences: int
+    n_slots: int
+    calls: Mapping[str, CallCount]
+
+    @property
+    def waste(self) -> float:
+        """The share of mapped bytes that holds no live token; 0 when nothing is mapped."""
+        return 1 - self.used_bytes / self.mapped_bytes if self.mapped_bytes else 0.0
+
+
+def call_counts(figures: Mapping[str, Any]) -> dict[str, CallCount]:
+    """Return the ``calls`` of native figures, by name."""
+    return {name: CallCount(*count) for name, count in figures["calls"].items()}

@@ -1,0 +1,210 @@
+#include "cache/cache.hpp"
+
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "bindings/bindings.hpp"
+#include "bindings/calls.hpp"
+#include "bindings/tensor_view.hpp"
+#include "cache/batch.hpp"
+#include "core/errors.hpp"
+
+namespace py = pybind11;
+
+namespace kvspan {
+
+namespace {
+
+using Release = py::call_guard<py::gil_scoped_release>;
+using PlaneTuple = std::tuple<std::string, std::string, std::int64_t, std::int64_t>;
+using LayerTuple = std::pair<std::vector<PlaneTuple>, std::optional<std::int64_t>>;
+
+constexpr std::array kDTypes = {DType::f32,     DType::f16,     DType::bf16,
+                                DType::f8_e4m3, DType::f8_e5m2, DType::i8};
+
+DType dtype_of(const std::string& name) {
+  std::string allowed;
+  for (const DType dtype : kDTypes) {
+    if (name == name_of(dtype)) return dtype;
+    allowed += (allowed.empty() ? "" : ", ") + std::string(name_of(dtype));
+  }
+  throw InvalidArgument("dtype must be one of " + allowed + ", not " + name);
+}
+
+dlpack::DataType dlpack_of(DType dtype) {
+  const auto bits = static_cast<std::uint8_t>(8 * size_of(dtype).value);
+  switch (dtype) {
+    case DType::f32:
+    case DType::f16:
+      return {dlpack::kFloat, bits, 1};
+    case DType::bf16:
+      return {dlpack::kBfloat, bits, 1};
+    case DType::f8_e4m3:
+      return {dlpack::kFloat8E4M3Fn, bits, 1};
+    case DType::f8_e5m2:
+      return {dlpack::kFloat8E5M2, bits, 1};
+    case DType::i8:
+      break;
+  }
+  return {dlpack::kInt, bits, 1};
+}
+
+std::shared_ptr<Cache> make_cache(std::shared_ptr<FrameStore> store,
+                                  const std::vector<LayerTuple>& layers, std::int32_t max_seqs,
+                                  std::int64_t max_seq_len, std::int32_t layers_per_page,
+                                  bool split_planes, std::optional<std::int64_t> overread_tokens,
+                                  bool zero_unmapped, bool scrub_reuse,
+                                  std::optional<std::uint64_t> keep) {
+  CacheOptions options;
+  for (const auto& [planes, window] : layers) {
+    LayerSpec& layer = options.layers.emplace_back();
+    if (window) layer.window = Tokens(*window);
+    for (const auto& [name, dtype, heads, dim] : planes) {
+      layer.planes.push_back({name, dtype_of(dtype), heads, dim});
+    }
+  }
+  options.max_seqs = max_seqs;
+  options.max_seq_len = Tokens(max_seq_len);
+  options.layers_per_page = layers_per_page;
+  options.split_planes = split_planes;
+  if (overread_tokens) options.overread = Tokens(*overread_tokens);
+  options.unmapped = zero_unmapped ? Unmapped::zero : Unmapped::fault;
+  options.scrub = scrub_reuse ? Scrub::reuse : Scrub::cross;
+  if (keep) options.keep = Bytes(*keep);
+  return Cache::make(std::move(store), options);
+}
+
+TensorView plane_view(const Cache& cache, std::size_t layer, std::size_t plane_index) {
+  const std::shared_ptr<Space> space = cache.space();
+  const Plane& plane = space->layout().layers().at(layer).at(plane_index);
+  const auto item = size_of(plane.spec.dtype).value;
+  const auto in_elements = [&](Bytes n) { return static_cast<std::int64_t>(n.value / item); };
+  return {
+      .owner = space,
+      .data = space->lane_base(plane.lane) + plane.offset,
+      .dtype = dlpack_of(plane.spec.dtype),
+      .shape = {space->options().n_slots, space->options().max_seq_len.value, plane.spec.heads,
+                plane.spec.dim},
+      .strides = {in_elements(space->slot_bytes(plane.lane)),
+                  in_elements(space->layout().lanes()[plane.lane].token_bytes), plane.spec.dim, 1}};
+}
+
+py::dict layout_dict(const Cache& cache) {
+  const std::shared_ptr<Space> space = cache.space();
+  const Layout& layout = space->layout();
+  std::vector<std::uint64_t> token_bytes;
+  for (const Lane& lane : layout.lanes()) token_bytes.push_back(lane.token_bytes.value);
+  py::dict d;
+  d["layers_per_page"] = layout.layers_per_page();
+  d["lane_token_bytes"] = token_bytes;
+  d["bytes_per_token"] = layout.bytes_per_token().value;
+  d["explanation"] = layout.explanation();
+  d["offset_warning"] = layout.offset_warning();
+  d["overread_tokens"] = space->options().overread.value;
+  return d;
+}
+
+py::dict figures(const Cache& cache) {
+  const CacheFigures f = cache.figures();
+  py::dict d;
+  d["reserved_bytes"] = f.reserved.value;
+  d["mapped_bytes"] = f.mapped.value;
+  d["used_bytes"] = f.used.value;
+  d["partial_bytes"] = f.partial.value;
+  d["ahead_bytes"] = f.ahead.value;
+  d["kept_bytes"] = f.kept.value;
+  d["shared_bytes"] = f.shared.value;
+  d["n_sequences"] = f.n_sequences;
+  d["n_slots"] = f.n_slots;
+  d["calls"] = calls_dict(cache.calls());
+  return d;
+}
+
+using PageTuple =
+    std::tuple<std::int32_t, std::size_t, std::uint32_t, std::uint32_t, std::uint32_t>;
+
+std::vector<PageTuple> page_map(const Cache& cache) {
+  std::vector<PageTuple> result;
+  for (const MappedPage& p : cache.page_map()) {
+    result.emplace_back(p.slot.value, p.lane, p.page.value, p.frame.value, p.references);
+  }
+  return result;
+}
+
+// An int32 array of a batch; `capacity` is its length, of which a tensor shows the first `n`.
+TensorView array_view(const Batch& batch, const std::vector<std::int32_t>& array) {
+  return {.owner = batch.arrays(),
+          .data = Address(reinterpret_cast<std::uintptr_t>(array.data())),
+          .dtype = {dlpack::kInt, 32, 1},
+          .shape = {static_cast<std::int64_t>(batch.size())},
+          .strides = {1}};
+}
+
+void bind_sequence(py::module_& m) {
+  py::class_<Sequence, std::shared_ptr<Sequence>>(m, "Sequence")
+      .def(
+          "extend", [](Sequence& s, std::int64_t n) { s.extend(Tokens(n), {}); },
+          py::arg("n_tokens"), Release())
+      .def(
+          "truncate", [](Sequence& s, std::int64_t n) { s.truncate(Tokens(n), {}); },
+          py::arg("length"), Release())
+      .def(
+          "drop_before", [](Sequence& s, std::int64_t p) { s.drop_before(Tokens(p), {}); },
+          py::arg("position"), Release())
+      .def(
+          "fork", [](Sequence& s) { return s.fork({}); }, Release())
+      .def(
+          "release", [](Sequence& s) { s.release({}); }, Release())
+      .def_property_readonly("length", [](const Sequence& s) { return s.length().value; })
+      .def_property_readonly("dropped", [](const Sequence& s) { return s.dropped().value; })
+      .def_property_readonly("slot", [](const Sequence& s) { return s.slot().value; })
+      .def_property_readonly("is_released", &Sequence::is_released);
+}
+
+void bind_batch(py::module_& m) {
+  py::class_<Batch, std::shared_ptr<Batch>>(m, "Batch")
+      .def(
+          "step", [](Batch& b, std::int64_t n) { b.step(Tokens(n), {}); }, py::arg("n_tokens"),
+          Release())
+      .def(
+          "select", [](Batch& b, const std::vector<std::int32_t>& rows) { b.select(rows, {}); },
+          py::arg("rows"), Release())
+      .def("refresh", &Batch::refresh, Release())
+      .def_property_readonly("size", &Batch::size)
+      .def_property_readonly("rows", &Batch::rows)
+      .def_property_readonly("first_slot",
+                             [](const Batch& b) -> std::optional<std::int32_t> {
+                               if (!b.lease()) return std::nullopt;
+                               return b.lease()->first.value;
+                             })
+      .def("before_view", [](const Batch& b) { return array_view(b, b.arrays()->before); })
+      .def("lengths_view", [](const Batch& b) { return array_view(b, b.arrays()->lengths); })
+      .def("slots_view", [](const Batch& b) { return array_view(b, b.arrays()->slots); });
+}
+
+}  // namespace
+
+void bind_cache(py::module_& m) {
+  bind_sequence(m);
+  bind_batch(m);
+  py::class_<Cache, std::shared_ptr<Cache>>(m, "Cache")
+      .def(
+          "sequence", [](Cache& c, std::int64_t n) { return c.sequence(Tokens(n)); },
+          py::arg("n_tokens"), Release())
+      .def("batch", &Cache::batch, py::arg("sequences"), Release())
+      .def("adjacent_batch", &Cache::adjacent_batch, py::arg("n"), Release())
+      .def(
+          "trim", [](Cache& c) { return c.trim().value; }, Release())
+      .def("close", &Cache::close, Release())
+      .def("plane_view", &plane_view, py::arg("layer"), py::arg("plane"))
+      .def("layout", &layout_dict)
+      .def("figures", &figures)
+      .def("page_map", &page_map, Release());
+  m.def("make_cache", &make_cache, py::arg("store"), py::arg("layers"), py::arg("max_seqs"),
+        py::arg("max_seq_len"), py::arg("layers_per_page"), py::arg("split_planes"),
+        py::arg("overread_tokens"), py::arg("zero_unmapped"), py::arg("scrub_reuse"),
+        py::arg("keep"), Release());
+}
+
+}  // namespace kvspan
