@@ -6,7 +6,9 @@ A `Pool` holds the physical memory of one device, a `KVCache` over it the KV ten
 
 from importlib.metadata import version
 
-from kvspan._native import (
+from kvspan.batch import Batch
+from kvspan.cache import KVCache
+from kvspan.errors import (
     BusyError,
     CapacityError,
     DriverError,
@@ -15,8 +17,6 @@ from kvspan._native import (
     OutOfMemory,
     ReleasedError,
 )
-from kvspan.batch import Batch
-from kvspan.cache import KVCache
 from kvspan.layers import LayerSpec, Plane
 from kvspan.pool import Pool
 from kvspan.sequence import Sequence

@@ -6,7 +6,7 @@ import operator
 import re
 from typing import Any
 
-from kvspan._native import InvalidArgument
+from kvspan.errors import InvalidArgument
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")

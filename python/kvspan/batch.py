@@ -9,7 +9,7 @@ import torch
 
 from kvspan import _native
 from kvspan._check import integer, tokens
-from kvspan._native import InvalidArgument
+from kvspan.errors import InvalidArgument
 from kvspan.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ class Batch:
     ``cache_batch_idx`` of FlashAttention); they change in place.
     """
 
-    def __init__(self, cache: KVCache, native: _native.Batch, sequences: list[Sequence]) -> None:
+    def __init__(
+        self, cache: KVCache, native: _native.BatchHandle, sequences: list[Sequence]
+    ) -> None:
         self._cache = cache
         self._native = native
         self._sequences = sequences

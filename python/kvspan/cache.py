@@ -10,8 +10,8 @@ import torch
 
 from kvspan import _native
 from kvspan._check import choice, integer, size_bytes, size_text, tokens
-from kvspan._native import InvalidArgument, ReleasedError
 from kvspan.batch import Batch
+from kvspan.errors import InvalidArgument, ReleasedError
 from kvspan.layers import LayerSpec
 from kvspan.pool import Pool
 from kvspan.sequence import Sequence

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvspan._check import integer
-from kvspan._native import InvalidArgument
+from kvspan.errors import InvalidArgument
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "float32",

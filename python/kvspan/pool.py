@@ -7,7 +7,7 @@ from types import TracebackType
 
 from kvspan import _native
 from kvspan._check import size_bytes, size_text
-from kvspan._native import InvalidArgument, ReleasedError
+from kvspan.errors import InvalidArgument, ReleasedError
 from kvspan.stats import PoolStats, call_counts
 
 
@@ -65,7 +65,7 @@ class Pool:
         frame = 0 if max_frame_size is None else size_bytes(max_frame_size, "max_frame_size", 1)
         held_back = 0 if reserve is None else size_bytes(reserve, "reserve", 1)
         self._lock = threading.Lock()  # guards _store
-        self._store: _native.FrameStore | None = _native.make_host_pool(
+        self._store: _native.PoolHandle | None = _native.make_host_pool(
             size_bytes(capacity, "capacity", 1),
             size_bytes(page_size, "page_size", 1),
             frame,
@@ -79,7 +79,7 @@ class Pool:
             self.preallocate(preallocate)
 
     @property
-    def _native(self) -> _native.FrameStore:
+    def _native(self) -> _native.PoolHandle:
         store = self._store
         if store is None:
             raise ReleasedError("this pool was closed; make a new one with Pool(...)")

@@ -9,7 +9,7 @@ import torch
 
 from kvspan import _native
 from kvspan._check import tokens
-from kvspan._native import ReleasedError
+from kvspan.errors import ReleasedError
 
 if TYPE_CHECKING:
     from kvspan.cache import KVCache
@@ -22,7 +22,7 @@ class Sequence:
     inside a call gets BusyError. Dropping the last reference releases it.
     """
 
-    def __init__(self, cache: KVCache, native: _native.Sequence) -> None:
+    def __init__(self, cache: KVCache, native: _native.SequenceHandle) -> None:
         self._cache = cache
         self._native = native
 

@@ -6,7 +6,7 @@
 
 namespace kvspan {
 
-void bind_errors(pybind11::module_& m);
+void register_errors();
 void bind_tensor_view(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);
 void bind_cache(pybind11::module_& m);

@@ -2,10 +2,11 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 
 #include "bindings/bindings.hpp"
-#include "bindings/calls.hpp"
+#include "bindings/figures.hpp"
 #include "bindings/tensor_view.hpp"
 #include "cache/batch.hpp"
 #include "core/errors.hpp"
@@ -24,12 +25,9 @@ constexpr std::array kDTypes = {DType::f32,     DType::f16,     DType::bf16,
                                 DType::f8_e4m3, DType::f8_e5m2, DType::i8};
 
 DType dtype_of(const std::string& name) {
-  std::string allowed;
-  for (const DType dtype : kDTypes) {
-    if (name == name_of(dtype)) return dtype;
-    allowed += (allowed.empty() ? "" : ", ") + std::string(name_of(dtype));
-  }
-  throw InvalidArgument("dtype must be one of " + allowed + ", not " + name);
+  const auto found = std::ranges::find(kDTypes, name, &name_of);
+  if (found != kDTypes.end()) return *found;
+  throw InvalidArgument("unknown dtype " + name);
 }
 
 dlpack::DataType dlpack_of(DType dtype) {
@@ -90,12 +88,12 @@ TensorView plane_view(const Cache& cache, std::size_t layer, std::size_t plane_i
                   in_elements(space->layout().lanes()[plane.lane].token_bytes), plane.spec.dim, 1}};
 }
 
-py::dict layout_dict(const Cache& cache) {
+Figures layout_dict(const Cache& cache) {
   const std::shared_ptr<Space> space = cache.space();
   const Layout& layout = space->layout();
   std::vector<std::uint64_t> token_bytes;
   for (const Lane& lane : layout.lanes()) token_bytes.push_back(lane.token_bytes.value);
-  py::dict d;
+  Figures d;
   d["layers_per_page"] = layout.layers_per_page();
   d["lane_token_bytes"] = token_bytes;
   d["bytes_per_token"] = layout.bytes_per_token().value;
@@ -105,9 +103,9 @@ py::dict layout_dict(const Cache& cache) {
   return d;
 }
 
-py::dict figures(const Cache& cache) {
+Figures figures(const Cache& cache) {
   const CacheFigures f = cache.figures();
-  py::dict d;
+  Figures d;
   d["reserved_bytes"] = f.reserved.value;
   d["mapped_bytes"] = f.mapped.value;
   d["used_bytes"] = f.used.value;
@@ -142,7 +140,7 @@ TensorView array_view(const Batch& batch, const std::vector<std::int32_t>& array
 }
 
 void bind_sequence(py::module_& m) {
-  py::class_<Sequence, std::shared_ptr<Sequence>>(m, "Sequence")
+  py::class_<Sequence, std::shared_ptr<Sequence>>(m, "SequenceHandle")
       .def(
           "extend", [](Sequence& s, std::int64_t n) { s.extend(Tokens(n), {}); },
           py::arg("n_tokens"), Release())
@@ -163,7 +161,7 @@ void bind_sequence(py::module_& m) {
 }
 
 void bind_batch(py::module_& m) {
-  py::class_<Batch, std::shared_ptr<Batch>>(m, "Batch")
+  py::class_<Batch, std::shared_ptr<Batch>>(m, "BatchHandle")
       .def(
           "step", [](Batch& b, std::int64_t n) { b.step(Tokens(n), {}); }, py::arg("n_tokens"),
           Release())
@@ -188,7 +186,7 @@ void bind_batch(py::module_& m) {
 void bind_cache(py::module_& m) {
   bind_sequence(m);
   bind_batch(m);
-  py::class_<Cache, std::shared_ptr<Cache>>(m, "Cache")
+  py::class_<Cache, std::shared_ptr<Cache>>(m, "CacheHandle")
       .def(
           "sequence", [](Cache& c, std::int64_t n) { return c.sequence(Tokens(n)); },
           py::arg("n_tokens"), Release())

@@ -1,7 +1,5 @@
-// C++ exceptions become Python ones that also derive from the builtin a user would expect.
+// C++ exceptions become the Python ones of kvspan.errors.
 #include "core/errors.hpp"
-
-#include <array>
 
 #include "bindings/bindings.hpp"
 
@@ -11,8 +9,17 @@ namespace kvspan {
 
 namespace {
 
-// Types live as long as the interpreter: the translator may run until its very end.
+// Never destroyed: the translator may run until the interpreter's very end.
 struct ErrorTypes {
+  explicit ErrorTypes(const py::module_& errors)
+      : error(py::object(errors.attr("Error")).release().ptr()),
+        out_of_memory(py::object(errors.attr("OutOfMemory")).release().ptr()),
+        invalid_argument(py::object(errors.attr("InvalidArgument")).release().ptr()),
+        capacity(py::object(errors.attr("CapacityError")).release().ptr()),
+        driver(py::object(errors.attr("DriverError")).release().ptr()),
+        released(py::object(errors.attr("ReleasedError")).release().ptr()),
+        busy(py::object(errors.attr("BusyError")).release().ptr()) {}
+
   PyObject* error;
   PyObject* out_of_memory;
   PyObject* invalid_argument;
@@ -22,20 +29,9 @@ struct ErrorTypes {
   PyObject* busy;
 };
 
-ErrorTypes& types() {
-  static ErrorTypes instance{};
-  return instance;
-}
-
-PyObject* add_type(py::module_& m, const std::string& name, const char* doc, PyObject* base,
-                   PyObject* builtin) {
-  const std::string qualified = "kvspan." + name;
-  py::tuple bases = py::make_tuple(py::handle(base));
-  if (builtin != nullptr) bases = py::make_tuple(py::handle(base), py::handle(builtin));
-  PyObject* type = PyErr_NewExceptionWithDoc(qualified.c_str(), doc, bases.ptr(), nullptr);
-  if (type == nullptr) throw py::error_already_set();
-  m.attr(name.c_str()) = py::handle(type);
-  return type;
+const ErrorTypes& types() {
+  static const auto* instance = new ErrorTypes(py::module_::import("kvspan.errors"));
+  return *instance;
 }
 
 void raise(PyObject* type, const char* message,
@@ -71,29 +67,8 @@ void translate(std::exception_ptr pointer) {
 
 }  // namespace
 
-void bind_errors(py::module_& m) {
-  ErrorTypes& t = types();
-  t.error = add_type(m, "Error", "Base class of kvspan's errors.", PyExc_Exception, nullptr);
-  t.out_of_memory =
-      add_type(m, "OutOfMemory",
-               "Physical memory is short. Everything is as it was before the call.\n\n"
-               "Attributes `requested`, `free` and `reclaimable` are in bytes.",
-               t.error, PyExc_MemoryError);
-  t.invalid_argument =
-      add_type(m, "InvalidArgument", "An argument that can never work.", t.error, PyExc_ValueError);
-  t.capacity = add_type(m, "CapacityError",
-                        "A limit other than memory is reached: slots, positions, mappings, address "
-                        "space.",
-                        t.error, PyExc_RuntimeError);
-  t.driver = add_type(m, "DriverError",
-                      "The operating system or the driver refused a call.\n\n"
-                      "Attribute `call` is its name, `code` the error's.",
-                      t.error, PyExc_OSError);
-  t.released = add_type(m, "ReleasedError",
-                        "The object was released or closed, or belongs to the parent of a fork.",
-                        t.error, PyExc_RuntimeError);
-  t.busy = add_type(m, "BusyError", "Another thread is inside a call on the same sequence.",
-                    t.error, PyExc_RuntimeError);
+void register_errors() {
+  types();  // a missing class shows on import
   py::register_exception_translator(&translate);
 }
 

@@ -5,7 +5,7 @@
 
 #include "backend/host_backend.hpp"
 #include "bindings/bindings.hpp"
-#include "bindings/calls.hpp"
+#include "bindings/figures.hpp"
 #include "core/errors.hpp"
 #include "core/sizes.hpp"
 #include "span/frame_store.hpp"
@@ -14,8 +14,8 @@ namespace py = pybind11;
 
 namespace kvspan {
 
-py::dict calls_dict(const CallCounters& counters) {
-  py::dict result;
+Figures calls_dict(const CallCounters& counters) {
+  Figures result;
   for (std::size_t i = 0; i < kCalls; ++i) {
     const CallCount count = counters.of(static_cast<Call>(i));
     result[py::str(kCallNames[i].data(), kCallNames[i].size())] =
@@ -57,11 +57,11 @@ void check_usable(const FrameStore& store) {
   }
 }
 
-py::dict figures(FrameStore& store) {
+Figures figures(FrameStore& store) {
   check_usable(store);
   const FrameStore::Counts counts = store.counts();
   const HugePages huge = store.backend().huge_pages();
-  py::dict d;
+  Figures d;
   d["capacity_bytes"] = counts.capacity.value;
   d["in_use_bytes"] = counts.in_use.value;
   d["created_bytes"] = counts.created.value;
@@ -73,22 +73,15 @@ py::dict figures(FrameStore& store) {
   return d;
 }
 
-py::tuple memory_info(const FrameStore& store) {
-  check_usable(store);
-  const MemoryInfo info = store.backend().memory_info();
-  return py::make_tuple(info.total.value, info.available.value);
-}
-
 }  // namespace
 
 void bind_pool(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
-  py::class_<FrameStore, std::shared_ptr<FrameStore>>(m, "FrameStore")
+  py::class_<FrameStore, std::shared_ptr<FrameStore>>(m, "PoolHandle")
       .def_property_readonly("device",
                              [](const FrameStore& s) { return s.backend().traits().device; })
       .def_property_readonly("page_size", [](const FrameStore& s) { return s.page_size().value; })
       .def("figures", &figures)
-      .def("memory_info", &memory_info)
       .def(
           "create_ahead",
           [](FrameStore& s, std::uint64_t size) {

@@ -99,8 +99,17 @@ std::shared_ptr<Batch> Cache::adjacent_batch(std::int32_t n) {
     }
   }
   const SlotId first = sequences.front()->state()->slot;
-  for (const auto& sequence : sequences) prepare(*sequence->state());
-  return std::make_shared<Batch>(shared_from_this(), std::move(sequences), SlotLease{first, n});
+  std::size_t prepared = 0;
+  try {
+    for (; prepared < sequences.size(); ++prepared) prepare(*sequences[prepared]->state());
+    return std::make_shared<Batch>(shared_from_this(), std::move(sequences), SlotLease{first, n});
+  } catch (...) {
+    // The one that failed has left its slot; the others do when their handles go.
+    for (std::size_t i = prepared + 1; i < sequences.size(); ++i) sequences[i]->state()->unclaim();
+    const std::scoped_lock lock(mutex_);
+    for (std::int32_t i = 0; i < n; ++i) slot(SlotId(first.value + i)).is_leased = false;
+    throw;
+  }
 }
 
 Bytes Cache::trim() {
@@ -195,7 +204,7 @@ std::vector<MappedPage> Cache::page_map() const {
     for (std::size_t i = 0; i < slots_.size(); ++i) {
       if (slots_[i].live) {
         live.push_back(slots_[i].live);
-      } else {
+      } else if (slots_[i].is_free()) {
         add(*space, SlotId(static_cast<std::int32_t>(i)));
       }
     }
@@ -233,7 +242,7 @@ Pages Cache::reclaim(Pages wanted, bool wait) noexcept {
   // mapped past their length; one that is in a call right now keeps it.
   for (std::size_t i = 0; i < slots_.size() && total < wanted; ++i) {
     const SlotId id(static_cast<std::int32_t>(i));
-    if (slots_[i].live || slots_[i].is_retired || (!wait && !is_settled(id))) continue;
+    if (!slots_[i].is_free() || (!wait && !is_settled(id))) continue;
     total += drop_tail(id, Tokens(0));
   }
   for (std::size_t i = 0; i < slots_.size() && total < wanted; ++i) {

@@ -91,7 +91,7 @@ class Cache final : public Reclaimer, public std::enable_shared_from_this<Cache>
 
   struct Slot {
     std::shared_ptr<SequenceState> live;  // none: no sequence in it
-    bool is_leased = false;               // a batch of adjacent slots holds it, live or not
+    bool is_leased = false;               // by a batch of adjacent slots; if not live, empty
     bool is_retired = false;              // the driver failed on it: never used again
     Fence fence;                          // behind the work that may still use pages to be unmapped
     Pages backed;                         // as of the last update_mapped

@@ -111,6 +111,8 @@ void Cache::vacate(SequenceState& state, Fence fence) noexcept {
   s.fence = fence;
   s.is_retired = space_->is_broken(state.slot);
   update_mapped(state.slot);
+  // A leased slot is its batch's: nobody else looks into it, so nothing may stay there.
+  if (s.is_leased) drop_tail(state.slot, Tokens(0));
   limit_kept();
 }
 
@@ -132,7 +134,7 @@ void Cache::update_mapped(SlotId id) {
 Pages Cache::kept_in_free_slots() const {
   Pages kept{};
   for (const Slot& s : slots_) {
-    if (!s.live) kept += s.backed;
+    if (s.is_free()) kept += s.backed;
   }
   return kept;
 }
@@ -156,8 +158,8 @@ void Cache::limit_kept() noexcept {
     // From the slot that keeps most, and from its end: every sequence needs the pages at the front.
     std::optional<std::size_t> fullest;
     for (std::size_t i = 0; i < slots_.size(); ++i) {
-      const bool is_candidate = !slots_[i].live && !slots_[i].is_retired &&
-                                is_settled(SlotId(static_cast<std::int32_t>(i)));
+      const bool is_candidate =
+          slots_[i].is_free() && is_settled(SlotId(static_cast<std::int32_t>(i)));
       if (is_candidate && (!fullest || slots_[i].backed > slots_[*fullest].backed)) fullest = i;
     }
     if (!fullest) return;

@@ -46,22 +46,25 @@ Space::Space(std::shared_ptr<FrameStore> store, Layout layout, const SpaceOption
 Space::~Space() {
   Backend& backend = store_->backend();
   if (!backend.usable()) return;  // a child of fork(2): all of this is the parent's
+  std::vector<FrameId> frames;
   for (Span& span : spans_) {
-    for (Pages page{}; page < span.end();) {
-      if (!span[page].is_backed()) {
-        ++page;
-        continue;
+    for (Pages page{}; page < span.end(); ++page) {
+      // One call for all that stands side by side.
+      const Pages first = page;
+      frames.clear();
+      while (span[page].is_backed()) {
+        frames.push_back(span[page].frame);
+        page = span.frame_of(page).last;
       }
-      const PageRange frame = span.frame_of(page);
-      const FrameId id = span[page].frame;
+      if (frames.empty()) continue;
+      const auto handles = static_cast<std::uint32_t>(frames.size());
       try {
-        account_.add(Call::unmap, 1);
-        backend.unmap({span.address_of(frame.first), page_size() * frame.count().value}, 1);
-        store_->give({&id, 1});
+        account_.add(Call::unmap, handles);
+        backend.unmap({span.address_of(first), page_size() * (page - first).value}, handles);
+        store_->give(frames);
       } catch (const Error&) {
-        // The frame stays in use for ever: better a leak than a page under somebody else's tokens.
+        // The frames stay in use for ever: better a leak than a page under somebody else's tokens.
       }
-      page = frame.last;
     }
   }
   for (const VirtualRange& range : reservations_) {
