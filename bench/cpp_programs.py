@@ -1,0 +1,74 @@
+"""Builds and runs the benchmarks that are C++ programs, and reads what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from harness import BenchError, Result, Series
+from machine import ROOT
+
+
+def cpp_benchmark(target: str, arguments: Sequence[str] = ()) -> Result:
+    """Build a program of bench/cpp and run it.
+
+    It prints JSON lines: one with `"samples"` is a measurement (`{"name": "map", "unit": "s",
+    "samples": [...]}`), the members of any other are parameters. Anything else on its standard
+    output is an error; what it says on standard error is shown.
+    """
+    cmake = _tool("cmake")
+    build = ROOT / "build" / "bench"
+    configure = [cmake, "-S", str(ROOT), "-B", str(build), "--log-level=WARNING"]
+    configure += ["-DKVSPAN_PYTHON=OFF", "-DKVSPAN_BENCH=ON"]
+    configure += [f"-DCMAKE_RUNTIME_OUTPUT_DIRECTORY={build / 'bin'}"]
+    if not (build / "CMakeCache.txt").exists() and shutil.which("ninja", path=_tool_path()):
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
+    for command in (configure, [cmake, "--build", str(build), "--target", target]):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            raise BenchError(f"{shlex.join(command)} failed:\n{done.stdout.rstrip()}")
+    program = [str(build / "bin" / target), *arguments]
+    ran = subprocess.run(program, stdout=subprocess.PIPE, text=True)
+    if ran.returncode != 0:
+        raise BenchError(f"{shlex.join(program)} ended with exit status {ran.returncode}")
+    return parse_lines(ran.stdout.splitlines(), source=target)
+
+
+def parse_lines(lines: Iterable[str], source: str) -> Result:
+    """Read the JSON lines that a C++ benchmark printed."""
+    result = Result({})
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError:
+            item = None
+        if not isinstance(item, dict):
+            raise BenchError(f"{source} printed a line that is no JSON object: {line!r}")
+        if "samples" in item:
+            samples = tuple(float(x) for x in item["samples"])
+            result.measurements[item["name"]] = Series(samples, item.get("unit", "s"))
+        else:
+            result.parameters.update(item)
+    if not result.measurements:
+        raise BenchError(f"{source} printed no measurement")
+    return result
+
+
+def _tool_path() -> str:
+    # Tools of the virtual environment first, whether or not it was activated.
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def _tool(name: str) -> str:
+    path = shutil.which(name, path=_tool_path())
+    if path is None:
+        raise BenchError(f"{name} is needed to build the C++ benchmarks: pip install {name}")
+    return path
