@@ -62,13 +62,13 @@ $(VENV)/.tools: pyproject.toml constraints.txt | $(PY)
 # The package itself, editable, and what it needs.
 $(VENV)/.native: $(VENV)/.tools CMakeLists.txt $(CPP_SOURCES)
 	@echo "== building and installing kvspan (the first time also torch: minutes)"
-	@$(INSTALL_SELF) -e .
+	@$(INSTALL_SELF) --config-settings=cmake.define.KVSPAN_WERROR=ON -e .
 	@touch $@
 
 # What an extra of pyproject.toml (demo, test, lint) needs besides.
 $(VENV)/.extra-%: $(VENV)/.tools | $(VENV)/.native
 	@echo "== installing what '$*' needs"
-	@$(INSTALL_SELF) -e '.[$*]'
+	@$(INSTALL_SELF) --config-settings=cmake.define.KVSPAN_WERROR=ON -e '.[$*]'
 	@touch $@
 
 build: $(VENV)/.native

@@ -128,7 +128,7 @@ void Cache::drop_shared(SlotId id, Tokens keep) noexcept {
       const auto is_shared = [&](Pages page) {
         return page < span.end() && span[page].is_backed() && space_->is_shared(span, page);
       };
-      for (Pages page = space_->pages_for(lane, keep); page < span.end(); ++page) {
+      for (Pages page = space_->pages_with_overread(lane, keep); page < span.end(); ++page) {
         if (!is_shared(page)) continue;
         Pages last = page;
         while (is_shared(last)) ++last;

@@ -89,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         help="where the picture goes (default: ./out)",
     )
     parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="torch threads (default: all cores)"
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="torch threads (default: as many as are fastest)",
     )
     return parser
 
@@ -100,11 +104,13 @@ def _run(options: argparse.Namespace) -> None:
 
     from .model import Llama
     from .report import open_console
+    from .threads import choose_threads
     from .tokenizer import BpeTokenizer, SyllableTokenizer
     from .weights import load_smollm2, random_checkpoint
 
     console = open_console()
-    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    if options.threads < 0:
+        raise DemoError("--threads must be positive")
     began = time.perf_counter()
     if options.random_weights:
         checkpoint = random_checkpoint(options.seed)
@@ -113,10 +119,15 @@ def _run(options: argparse.Namespace) -> None:
         checkpoint = load_smollm2(lambda text: console.print(f"[dim]{text}[/]"))
         tokenizer = BpeTokenizer(checkpoint)
     model = Llama(checkpoint.config, checkpoint.tensors)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    else:
+        choose_threads(model)
     console.print(
         f"[bold]{checkpoint.name}[/], "
         f"{sum(t.numel() for t in checkpoint.tensors.values()) / 1e6:.0f}M parameters, fp32, "
-        f"{torch.get_num_threads()} threads, loaded in {time.perf_counter() - began:.1f} s"
+        f"{torch.get_num_threads()} of {len(os.sched_getaffinity(0))} threads, ready in "
+        f"{time.perf_counter() - began:.1f} s"
     )
     if not options.no_chat:
         _chat(console, model, tokenizer, options)

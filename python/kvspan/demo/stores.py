@@ -29,6 +29,9 @@ import kvspan
 
 from .model import KVStore, LlamaConfig
 
+# The calls that make, map and unmap memory; copies, fills and fences are work, not mapping.
+_DRIVER_CALLS = ("reserve", "free", "create", "release", "map", "set_access", "unmap")
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -59,7 +62,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class DriverWork:
-    """Calls to the backend: `calls` of any kind, and `maps`, the pages that were mapped."""
+    """Calls that make, map or unmap memory, and `maps`, the pages that were mapped."""
 
     calls: int
     maps: int
@@ -191,7 +194,7 @@ class SpanKV:
     def driver_work(self) -> DriverWork:
         """Count what the backend was asked to do so far, for the cache and for its pool."""
         calls = self.pool.stats().calls
-        return DriverWork(sum(c.calls for c in calls.values()), calls["map"].handles)
+        return DriverWork(sum(calls[name].calls for name in _DRIVER_CALLS), calls["map"].handles)
 
     def close(self) -> None:
         """Give all memory back."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from kvspan.demo.model import LlamaConfig, apply_rope, attend_prompt, attend_step, rope_table
+from kvspan.demo.model import Llama, LlamaConfig, apply_rope, attend_prompt, attend_step, rope_table
+from kvspan.demo.threads import choose_threads
 from kvspan.demo.weights import random_checkpoint, unpermute_rope_rows
 
 HEAD_DIM, POSITIONS, BASE = 8, 32, 500.0
@@ -80,6 +83,17 @@ def test_attention_is_causal_grouped_attention(n_tokens: int, length: int, strid
     if n_tokens == 1:
         torch.testing.assert_close(attend_step(q[0], k, v), expected[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(attend_prompt(q, k, v), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_chosen_threads_are_set_and_within_the_machine() -> None:
+    checkpoint = random_checkpoint(0)
+    before = torch.get_num_threads()
+    try:
+        chosen = choose_threads(Llama(checkpoint.config, checkpoint.tensors))
+        assert 1 <= chosen <= len(os.sched_getaffinity(0))
+        assert torch.get_num_threads() == chosen
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_random_checkpoint_is_seeded() -> None:
