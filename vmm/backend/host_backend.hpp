@@ -11,8 +11,8 @@ namespace kvspan {
 
 struct HostOptions {
   Bytes page_size{2ull << 20};  // power of two, 64 KiB to 64 MiB
-  Bytes capacity;               // the most memory that frames may take, a multiple of the page size
-  SizeClass largest_class;      // the largest frames that will be created
+  Bytes capacity{};             // the most memory that frames may take, a multiple of the page size
+  SizeClass largest_class{};    // the largest frames that will be created
   bool huge_pages = true;       // ask the kernel for huge pages where a page is at least 2 MiB
   Bytes reserve{};              // of the machine's memory, left to others; 0 = 5%, at least 256 MiB
 };

@@ -35,7 +35,7 @@ struct PlaneSpec {
 
 struct LayerSpec {
   std::vector<PlaneSpec> planes;
-  std::optional<Tokens> window;  // attends to this many last tokens; none: to all
+  std::optional<Tokens> window{};  // attends to this many last tokens; none: to all
 
   bool operator==(const LayerSpec&) const = default;
 };

@@ -1,0 +1,72 @@
+"""What does a decode step cost while no sequence crosses into an unmapped page?
+
+The native time is that of `Batch::step` in C++, the other that of `batch.step()` as Python calls it.
+Beside them, what an engine in Python does for a block table: a loop that looks whether each
+sequence's last block is full and counts its length up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from cpp_programs import cpp_benchmark
+from harness import Expectation, Result, Series
+
+import kvspan
+
+NAME = "step"
+ROWS = 256
+CALLS = 400
+
+
+def _span(repeats: int) -> Series:
+    pool = kvspan.Pool(capacity="256MiB", page_size="64KiB", huge_pages=False)
+    cache = kvspan.KVCache(
+        pool, n_layers=1, n_kv_heads=1, head_dim=16, dtype=torch.float32,
+        max_seqs=ROWS, max_seq_len=CALLS + 1, keep="256MiB",
+    )  # fmt: skip
+    batch = cache.batch(ROWS)
+    samples = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            batch.step()
+        samples.append((time.perf_counter() - start) / CALLS)
+        assert batch.lengths.tolist() == [CALLS] * ROWS
+        for sequence in batch.sequences:
+            sequence.truncate(0)
+    return Series(tuple(samples[1:]))  # the first one mapped the pages
+
+
+def _block_table(repeats: int) -> Series:
+    block = 16
+    samples = []
+    for _ in range(repeats):
+        free = list(range(ROWS * CALLS // block + ROWS))
+        lengths = [0] * ROWS
+        tables: list[list[int]] = [[] for _ in range(ROWS)]
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            for row in range(ROWS):
+                if lengths[row] % block == 0:
+                    tables[row].append(free.pop())
+                lengths[row] += 1
+        samples.append((time.perf_counter() - start) / CALLS)
+        assert lengths == [CALLS] * ROWS
+    return Series(tuple(samples))
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Measure."""
+    result = cpp_benchmark("kvspan_bench_step", [str(args.repeats)])
+    result.measurements[f"Python step, {ROWS} rows"] = _span(args.repeats)
+    result.measurements[f"Python loop over a block table, {ROWS} rows"] = _block_table(args.repeats)
+    native = result.measurements[f"native step, {ROWS} rows"].median * 1e6
+    python = result.measurements[f"Python step, {ROWS} rows"].median * 1e6
+    result.expectations = [
+        Expectation(f"native microseconds a step of {ROWS} sequences", native, 10),
+        Expectation(f"microseconds with Python of a step of {ROWS} sequences", python, 20),
+    ]
+    return result
