@@ -1,7 +1,7 @@
 """What does a decode step cost while no sequence crosses into an unmapped page?
 
-The native time is that of `Batch::step` in C++, the other that of `batch.step()` as Python calls it.
-Beside them, what an engine in Python does for a block table: a loop that looks whether each
+The native time is that of `Batch::step` in C++, the other that of `batch.step()` as Python calls
+it. Beside them, what an engine in Python does for a block table: a loop that looks whether each
 sequence's last block is full and counts its length up.
 """
 
@@ -11,10 +11,10 @@ import argparse
 import time
 
 import torch
-from cpp_programs import cpp_benchmark
-from harness import Expectation, Result, Series
 
 import kvspan
+from cpp_programs import cpp_benchmark
+from harness import Expectation, Result, Series
 
 NAME = "step"
 ROWS = 256

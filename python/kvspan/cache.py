@@ -48,8 +48,8 @@ class KVCache:
         ``"cross"``: pages that last held another cache's or dtype's bytes are zeroed. ``"reuse"``:
         also what another sequence of this cache left behind (tenants that must not see each other).
     keep
-        The most memory that free slots keep mapped for the next sequence. ``"auto"``: 2% of what is
-        mapped.
+        The most memory that stays mapped without holding a token: what free slots keep for their
+        next sequence, and live ones after a truncate. ``"auto"``: 2% of what is mapped.
 
     Raises
     ------

@@ -247,7 +247,7 @@ def test_model(case: str) -> None:
         f"Machine_{case}", (CacheMachine,), {"options": options, "pool_options": pool_options}
     )
     machine.TestCase.settings = settings(
-        max_examples=60,
+        max_examples=25,
         stateful_step_count=30,
         deadline=None,
         suppress_health_check=list(HealthCheck),

@@ -259,13 +259,7 @@ Pages Cache::reclaim(Pages wanted, bool wait) noexcept {
 
 Pages Cache::reclaimable() const noexcept {
   const std::scoped_lock lock(mutex_);
-  Pages total{};
-  if (is_closed_) return total;
-  for (const Slot& s : slots_) {
-    const Pages needed = s.live ? needed_pages(*s.live) : Pages(0);
-    if (s.backed > needed) total += s.backed - needed;
-  }
-  return total;
+  return is_closed_ ? Pages(0) : kept_pages();
 }
 
 }  // namespace kvspan

@@ -40,7 +40,7 @@ struct CacheOptions {
       overread;  // none: 0 where unmapped parts read as zeros, else a kernel's tile
   Unmapped unmapped = Unmapped::zero;
   Scrub scrub = Scrub::cross;
-  std::optional<Bytes> keep;  // the most that free slots keep mapped; none: 2% of what is mapped
+  std::optional<Bytes> keep;  // the most that is kept mapped for later; none: 2% of what is mapped
 };
 
 // All in bytes as page tables show them: mapped = used + partial + ahead + kept. Of these,
@@ -117,7 +117,7 @@ class Cache final : public Reclaimer, public std::enable_shared_from_this<Cache>
   bool is_settled(SlotId id) const;
   void settle(SlotId id);
   void update_mapped(SlotId id);
-  Pages kept_in_free_slots() const;
+  Pages kept_pages() const;
   Pages keep_limit() const;
   void limit_kept() noexcept;
   Pages drop_tail(SlotId id, Tokens keep) noexcept;

@@ -8,8 +8,10 @@ namespace kvspan {
 
 namespace {
 
-// What free slots keep mapped is waste until somebody takes it over, so it is held to a fiftieth of
-// what is mapped, or a few pages a lane where that is next to nothing.
+// What is kept mapped is waste until it is used again, so it is held to a fiftieth of what is
+// mapped, or a few pages a lane where that is next to nothing. What a live sequence has left over
+// from the slot's last one counts, but free slots give up theirs first: a live one is growing into
+// its own.
 constexpr std::int64_t kKeepOneIn = 50;
 constexpr std::uint32_t kKeepPagesPerLane = 2;
 
@@ -131,10 +133,11 @@ void Cache::update_mapped(SlotId id) {
   mapped_pages_.fetch_add(change, std::memory_order_relaxed);
 }
 
-Pages Cache::kept_in_free_slots() const {
+Pages Cache::kept_pages() const {
   Pages kept{};
   for (const Slot& s : slots_) {
-    if (s.is_free()) kept += s.backed;
+    const Pages needed = s.live ? needed_pages(*s.live) : Pages(0);
+    if (s.backed > needed) kept += s.backed - needed;
   }
   return kept;
 }
@@ -151,7 +154,7 @@ Pages Cache::keep_limit() const {
 
 void Cache::limit_kept() noexcept {
   for (;;) {
-    const Pages kept = kept_in_free_slots();
+    const Pages kept = kept_pages();
     const Pages limit = keep_limit();
     if (kept <= limit) return;
     const Pages excess = kept - limit;
