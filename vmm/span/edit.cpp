@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/errors.hpp"
+
 namespace kvspan {
 
 namespace {
@@ -14,23 +16,48 @@ void for_each_frame(std::span<const PageEntry> entries, F f) {
   }
 }
 
-// A reservation for as long as a block lasts: where frames are filled before they are shown.
-class Window {
+}  // namespace
+
+// Frames mapped for as long as a block lasts, in a range of their own: where they are filled before
+// they are shown.
+class Edit::Window {
  public:
-  Window(Backend& backend, Bytes size)
-      : backend_(backend), range_(backend.reserve(size, Unmapped::fault)) {}
+  Window(Edit& edit, std::span<const PageEntry> entries)
+      : edit_(edit),
+        entries_(entries),
+        range_(edit.store_.backend().reserve(edit.store_.page_size() * entries.size(),
+                                             Unmapped::fault)) {
+    try {
+      edit_.map(range_.base, entries_, mapped_);
+    } catch (...) {
+      close();
+      throw;
+    }
+  }
   Window(const Window&) = delete;
   Window& operator=(const Window&) = delete;
-  ~Window() { backend_.free(range_); }
+  ~Window() { close(); }
 
   Address base() const { return range_.base; }
 
  private:
-  Backend& backend_;
-  VirtualRange range_;
-};
+  void close() noexcept {
+    const auto mapped = entries_.first(mapped_.value);
+    Pages done{};
+    try {
+      edit_.unmap(range_.base, mapped, done);
+      edit_.store_.backend().free(range_);
+    } catch (const Error&) {
+      // Frames that are stuck in a range that nobody knows must not serve anybody else.
+      for_each_frame(mapped, [&](FrameId frame) { edit_.store_.keep_for_ever(frame); });
+    }
+  }
 
-}  // namespace
+  Edit& edit_;
+  const std::span<const PageEntry> entries_;
+  const VirtualRange range_;
+  Pages mapped_{};
+};
 
 void Edit::add(Span& span, PageRange range, std::span<const PageEntry> now, Bytes live) {
   Patch& patch = patches_.emplace_back(Patch{.span = &span, .range = range, .live = live});
@@ -190,24 +217,11 @@ void Edit::copy_live(const Patch& patch) {
   // The old frames must stay readable until the bytes are out, so the new ones are filled
   // elsewhere.
   Backend& backend = store_.backend();
-  const Bytes size = patch.span->page_size() * patch.range.count().value;
-  Window window(backend, size);
-  Pages mapped{};
-  const auto clean_up = [&] {
-    Pages unmapped{};
-    unmap(window.base(), std::span(patch.now).first(mapped.value), unmapped);
-  };
-  try {
-    map(window.base(), patch.now, mapped);
-    scrub(patch, window.base());
-    account_.add(Call::copy, 1);
-    backend.copy(window.base(), patch.span->address_of(patch.range.first), patch.live, stream_);
-    backend.wait(backend.record_fence(stream_));
-  } catch (...) {
-    clean_up();
-    throw;
-  }
-  clean_up();
+  const Window window(*this, patch.now);
+  scrub(patch, window.base());
+  account_.add(Call::copy, 1);
+  backend.copy(window.base(), patch.span->address_of(patch.range.first), patch.live, stream_);
+  backend.wait(backend.record_fence(stream_));
 }
 
 void Edit::scrub(const Patch& patch, Address at) {

@@ -54,6 +54,8 @@ class Edit {
   std::int64_t shared_pages() const { return shared_pages_; }
 
  private:
+  class Window;
+
   // What is to stand in `range`, and what stands there: entries[i] for page range.first + i.
   struct Patch {
     Span* span;

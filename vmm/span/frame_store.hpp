@@ -78,6 +78,8 @@ class FrameStore {
   void share(FrameId frame);
   // Takes a reference from each. Returns the pages that nobody references any more.
   Pages give(std::span<const FrameId> frames) noexcept;
+  // Takes a frame that the driver will not let go of out of circulation.
+  void keep_for_ever(FrameId frame) noexcept { pool_.share({&frame, 1}); }
   std::uint32_t references(FrameId frame) const noexcept { return pool_.references(frame); }
 
   // Creates frames ahead, one page each, until `size` bytes of free ones exist. Throws OutOfMemory.
