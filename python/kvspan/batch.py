@@ -109,7 +109,9 @@ class Batch:
         self._native.select(wanted)
         known = {id(s._native): s for s in self._sequences}
         self._sequences = [
-            known.get(id(native)) or Sequence(self._cache, native) for native in self._native.rows
+            # Not `or`: an empty sequence is false.
+            known[id(native)] if id(native) in known else Sequence(self._cache, native)
+            for native in self._native.rows
         ]
         self._make_tensors()
 
