@@ -8,6 +8,7 @@
 #include "bindings/bindings.hpp"
 #include "bindings/figures.hpp"
 #include "bindings/tensor_view.hpp"
+#include "bindings/without_gil.hpp"
 #include "cache/batch.hpp"
 #include "core/errors.hpp"
 
@@ -17,7 +18,7 @@ namespace kvspan {
 
 namespace {
 
-using Release = py::call_guard<py::gil_scoped_release>;
+using Release = py::call_guard<WithoutGil>;
 using PlaneTuple = std::tuple<std::string, std::string, std::int64_t, std::int64_t>;
 using LayerTuple = std::pair<std::vector<PlaneTuple>, std::optional<std::int64_t>>;
 

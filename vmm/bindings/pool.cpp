@@ -6,6 +6,7 @@
 #include "backend/host_backend.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/figures.hpp"
+#include "bindings/without_gil.hpp"
 #include "core/errors.hpp"
 #include "core/sizes.hpp"
 #include "span/frame_store.hpp"
@@ -76,7 +77,7 @@ Figures figures(FrameStore& store) {
 }  // namespace
 
 void bind_pool(py::module_& m) {
-  using Release = py::call_guard<py::gil_scoped_release>;
+  using Release = py::call_guard<WithoutGil>;
   py::class_<FrameStore, std::shared_ptr<FrameStore>>(m, "PoolHandle")
       .def_property_readonly("device",
                              [](const FrameStore& s) { return s.backend().traits().device; })
