@@ -6,6 +6,7 @@ folded into the query length. What differs between the cases is only where K and
 
 from __future__ import annotations
 
+import argparse
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import kvspan
-from harness import BenchError
+from harness import BenchError, Series
 
 HUGE_PAGE = 2 << 20
 Layers = list[tuple[Tensor, Tensor]]  # K and V, each [rows, tokens, heads, dim]
@@ -47,7 +48,8 @@ LLAMA = Shape("8 layers of Llama-3-8B bf16", 8, 8, 4, 128, torch.bfloat16, rows=
 
 def span_layers(shape: Shape, layers_per_page: int | str) -> tuple[kvspan.KVCache, Layers]:
     """Make a cache with all rows at full length, and show it."""
-    capacity = -(-shape.bytes_read * 3 // 2 // HUGE_PAGE) * HUGE_PAGE + 64 * HUGE_PAGE
+    # At most one page partly filled for each row and layer.
+    capacity = (-(-shape.bytes_read // HUGE_PAGE) + shape.rows * shape.n_layers) * HUGE_PAGE
     pool = kvspan.Pool(capacity=capacity)
     cache = kvspan.KVCache(
         pool,
@@ -96,6 +98,20 @@ def same_strides(layers: Layers) -> Layers:
     return [(twin(k), twin(v)) for k, v in layers]
 
 
+def longer_records(shape: Shape, extra_bytes: int) -> Layers:
+    """Return plain memory as one lane of all layers has it, but for so many bytes a position."""
+    record = shape.n_layers * 2 * shape.heads * shape.dim + extra_bytes // shape.dtype.itemsize
+    n_bytes = shape.rows * shape.tokens * record * shape.dtype.itemsize
+    memory = plain_memory(-(-n_bytes // HUGE_PAGE) * HUGE_PAGE).view(shape.dtype)
+    size = (shape.rows, shape.tokens, shape.heads, shape.dim)
+    strides = (shape.tokens * record, record, shape.dim, 1)
+    planes = [
+        memory.as_strided(size, strides, i * shape.heads * shape.dim)
+        for i in range(2 * shape.n_layers)
+    ]
+    return list(zip(planes[::2], planes[1::2], strict=True))
+
+
 def dense(shape: Shape, head_major: bool) -> Layers:
     """Return dense K and V of every layer: [rows, tokens, heads, dim], or heads before tokens."""
     plane = shape.bytes_read // shape.n_layers // 2
@@ -137,6 +153,35 @@ def attend(shape: Shape, layers: Layers) -> Callable[[], Tensor]:
 def is_close(a: Tensor, b: Tensor) -> bool:
     """Whether two passes agree as far as another order of additions allows."""
     return torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the benchmarks of attention have in common."""
+    parser.add_argument(
+        "--placements",
+        type=int,
+        default=3,
+        help="how often all memory is allocated anew, for where it lies matters, too (default: 3)",
+    )
+    # On a machine that others use, two threads that wait for each other measure the others.
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few MiB, nothing checked but that results agree"
+    )
+
+
+def over_placements(measure: Callable[[], dict[str, Series]], n: int) -> dict[str, Series]:
+    """Measure in n placements of the memory; put the samples together."""
+    placed = [measure() for _ in range(n)]
+    return {
+        name: Series(tuple(x for one in placed for x in one[name].samples)) for name in placed[0]
+    }
+
+
+def speed(of: Series, over: Series) -> Series:
+    """Divide round by round: what was timed together met the same disturbance."""
+    ratios = (b / a for a, b in zip(of.samples, over.samples, strict=True))
+    return Series(tuple(ratios), unit="x")
 
 
 def _anonymous_huge_bytes() -> int:

@@ -123,6 +123,10 @@ std::vector<MemoryReader::Cgroup> MemoryReader::find_cgroups(const std::string& 
 MemoryReading MemoryReader::read() const {
   const std::string path = root_ + "/proc/meminfo";
   const auto text = read_file(path);
+  if (!text && (errno == EMFILE || errno == ENFILE)) {
+    throw CapacityError("no file descriptor is left to read " + path +
+                        ": raise RLIMIT_NOFILE (ulimit -n) or the machine's fs.file-max");
+  }
   const auto total = text ? number_of(*text, "MemTotal:") : std::nullopt;
   auto available = text ? number_of(*text, "MemAvailable:") : std::nullopt;
   if (!available && text) available = number_of(*text, "MemFree:");

@@ -55,7 +55,8 @@ Batch::Batch(std::shared_ptr<Cache> cache, std::vector<std::shared_ptr<Sequence>
   }
   for (std::size_t i = 0; i < rows_.size(); ++i) {
     if (rows_[i]->is_released()) {
-      throw ReleasedError("row " + std::to_string(i) + " is a sequence that was released");
+      throw ReleasedError("row " + std::to_string(i) +
+                          " is a sequence that was released; leave it out");
     }
   }
   refresh();

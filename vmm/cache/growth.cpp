@@ -298,7 +298,8 @@ void Sequence::release(Stream stream) {
 
 SlotId Sequence::slot() const {
   cache_->check_usable();
-  if (is_released()) throw ReleasedError("a released sequence has no slot");
+  if (is_released())
+    throw ReleasedError("a released sequence has no slot; take a new one with cache.sequence()");
   const std::scoped_lock lock(cache_->mutex_);
   return state_->slot;
 }

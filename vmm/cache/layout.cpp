@@ -20,9 +20,11 @@ constexpr std::uint64_t kMaxOffset = std::uint64_t{1} << 31;
 // What "typical" means for the automatic choice: a request of this length.
 constexpr Tokens kTypicalLength{1024};
 
-// How much slower attention gets when the stride between positions grows from one layer's K and V
-// to `layers` layers'. Measured on a host by `bench/run.py layout`: within noise from 1 to 32
-// layers, for a row of one head (128 B and more) fills whole cache lines however far the next is.
+// What a longer stride costs, in the currency of waste. `bench/run.py layout` measures 8 to 25% of
+// attention's time on one thread, 1 to 20% on two, when all layers share a page instead of one,
+// most of it already at a few layers. One layer a page would waste a fifth of the memory, and
+// memory decides how many requests run at all: so waste alone chooses, until a device shows a
+// higher price.
 constexpr double kStridePenalty = 0.0;
 
 // Half a page a lane is unused on average.

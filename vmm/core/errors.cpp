@@ -30,6 +30,8 @@ std::string error_name(int error_number) {
       return "EMFILE";
     case ENFILE:
       return "ENFILE";
+    case ENOENT:
+      return "ENOENT";
     case ENOMEM:
       return "ENOMEM";
     case ENOSPC:
