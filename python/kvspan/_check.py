@@ -14,18 +14,19 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 def size_bytes(value: int | str, name: str, least: int = 0) -> int:
     """Return `value`, a number of bytes or a string such as "512MiB", in bytes."""
-    if isinstance(value, str):
-        match = _SIZE.fullmatch(value)
-        if match is None or match[2] not in _UNITS:
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is not None and match[2] in _UNITS:
+        n = int(float(match[1]) * _UNITS[match[2]])
+    else:
+        try:
+            n = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
             raise InvalidArgument(
                 f'{name} must be a number of bytes or a size such as "512MiB" or "4GiB" '
                 f"(units {', '.join(u for u in _UNITS if u)}), not {value!r}"
-            )
-        n = int(float(match[1]) * _UNITS[match[2]])
-    else:
-        n = integer(value, name)
+            ) from None
     if not least <= n < 1 << 63:
-        raise InvalidArgument(f"{name} must be {least} bytes or more, not {value!r}")
+        raise InvalidArgument(f"{name} must be between {least} and 2^63 - 1 bytes, not {value!r}")
     return n
 
 
@@ -44,7 +45,7 @@ def tokens(value: Any, name: str) -> int:
     """Return a number of tokens that fits the native calls, which check it against the state."""
     n = integer(value, name)
     if not -(1 << 62) < n < 1 << 62:
-        raise InvalidArgument(f"{name} is out of range: {n}")
+        raise InvalidArgument(f"{name} is out of range (lengths are int32, at most 2^31 - 1): {n}")
     return n
 
 

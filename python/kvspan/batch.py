@@ -102,10 +102,13 @@ class Batch:
         OutOfMemory, CapacityError
             Nothing has changed.
         """
-        given = rows.tolist() if isinstance(rows, torch.Tensor) else rows
+        try:
+            given = list(rows.tolist() if isinstance(rows, torch.Tensor) else rows)
+        except TypeError:
+            raise InvalidArgument(f"rows is a list of row numbers, not {rows!r}") from None
         wanted = [integer(row, "a row") for row in given]
-        if any(not -(1 << 31) <= row < 1 << 31 for row in wanted):
-            raise InvalidArgument(f"rows are out of range: {wanted}")
+        if any(not 0 <= row < len(self) for row in wanted):
+            raise InvalidArgument(f"select takes rows 0 to {len(self) - 1}, not {wanted}")
         self._native.select(wanted)
         known = {id(s._native): s for s in self._sequences}
         self._sequences = [

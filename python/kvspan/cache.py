@@ -81,14 +81,18 @@ class KVCache:
         self._native = _native.make_cache(
             pool._native,
             [spec.to_native() for spec in specs],
-            integer(max_seqs, "max_seqs", 1),
+            integer(max_seqs, "max_seqs", 1, 1 << 20),
             tokens(max_seq_len, "max_seq_len"),
-            0 if layers_per_page == "auto" else integer(layers_per_page, "layers_per_page", 1),
+            0
+            if layers_per_page == "auto"
+            else integer(layers_per_page, _or_auto("layers_per_page"), 1),
             bool(split_planes),
-            None if overread_tokens == "auto" else tokens(overread_tokens, "overread_tokens"),
+            None
+            if overread_tokens == "auto"
+            else tokens(overread_tokens, _or_auto("overread_tokens")),
             choice(unmapped, "unmapped", ("zero", "fault")) == "zero",
             choice(scrub, "scrub", ("cross", "reuse")) == "reuse",
-            None if keep == "auto" else size_bytes(keep, "keep"),
+            None if keep == "auto" else size_bytes(keep, _or_auto("keep")),
         )
         layout = self._native.layout()
         if layout["offset_warning"]:
@@ -126,7 +130,7 @@ class KVCache:
         ReleasedError
             The cache was closed.
         """
-        planes = self._planes.get(index)
+        planes = self._planes.get(index) if type(index) is int else None
         if planes is None:
             i = integer(index, "the layer's index")
             if not 0 <= i < len(self.layers):
@@ -143,10 +147,14 @@ class KVCache:
 
         NumPy has no bfloat16 and no float8, and refuses those.
         """
-        planes = len(self.layers[index].planes) if 0 <= index < len(self.layers) else 0
-        if not 0 <= plane < planes:
-            raise InvalidArgument(f"layer {index} has no plane {plane}")
-        return self._native.plane_view(index, plane)
+        i, p = integer(index, "the layer's index"), integer(plane, "the plane's index")
+        if not 0 <= i < len(self.layers):
+            raise InvalidArgument(f"the layers are 0 to {len(self.layers) - 1}, not {i}")
+        if not 0 <= p < len(self.layers[i].planes):
+            raise InvalidArgument(
+                f"the planes of layer {i} are 0 to {len(self.layers[i].planes) - 1}, not {p}"
+            )
+        return self._native.plane_view(i, p)
 
     def sequence(self, n_tokens: int = 0) -> Sequence:
         """Take a slot for a new, empty sequence.
@@ -178,7 +186,8 @@ class KVCache:
                 if not isinstance(row, Sequence):
                     raise InvalidArgument(f"a batch is made of sequences, not {row!r}")
             return Batch(self, self._native.batch([row._native for row in rows]), list(rows))
-        native = self._native.adjacent_batch(integer(rows, "the number of rows", 1))
+        n_rows = integer(rows, "rows, if not a list of sequences,", 1)
+        native = self._native.adjacent_batch(n_rows)
         return Batch(self, native, [Sequence(self, row) for row in native.rows])
 
     def trim(self) -> int:
@@ -233,6 +242,10 @@ class KVCache:
         )
 
 
+def _or_auto(name: str) -> str:
+    return f'{name}, if not "auto",'
+
+
 def _layer_specs(
     n_layers: int | None,
     n_kv_heads: int | None,
@@ -245,9 +258,13 @@ def _layer_specs(
             raise InvalidArgument(
                 "give either layers=[...] or n_layers, n_kv_heads and head_dim, not both"
             )
+        if not isinstance(layers, Items):
+            raise InvalidArgument(f"layers is a list of LayerSpec, one a layer, not {layers!r}")
         for layer in layers:
             if not isinstance(layer, LayerSpec):
-                raise InvalidArgument(f"layers is made of LayerSpec, not {layer!r}")
+                raise InvalidArgument(
+                    f"layers is a list of LayerSpec, one a layer, not of {layer!r}"
+                )
         return list(layers)
     if n_layers is None or n_kv_heads is None or head_dim is None:
         raise InvalidArgument("a cache needs n_layers, n_kv_heads and head_dim, or layers=[...]")

@@ -43,11 +43,11 @@ class Plane:
 
     def to_native(self) -> NativePlane:
         """Return the plane as the native code takes it; raise InvalidArgument."""
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in DTYPES:
             allowed = ", ".join(DTYPES.values())
             raise InvalidArgument(f"dtype must be one of {allowed}, not {self.dtype}")
-        heads = integer(self.heads, f"plane '{self.name}': heads")
-        dim = integer(self.dim, f"plane '{self.name}': dim")
+        heads = integer(self.heads, f"plane '{self.name}': heads", 1, 1 << 20)
+        dim = integer(self.dim, f"plane '{self.name}': dim", 1, 1 << 20)
         return (str(self.name), DTYPES[self.dtype], heads, dim)
 
 
@@ -73,8 +73,11 @@ class LayerSpec:
     planes: tuple[Plane, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "planes", tuple(self.planes))
-        if bool(self.planes) == (self.n_kv_heads is not None):
+        given = self.planes
+        if not isinstance(given, (tuple, list)) or not all(isinstance(p, Plane) for p in given):
+            raise InvalidArgument(f"planes is a tuple of Plane, not {given!r}")
+        object.__setattr__(self, "planes", tuple(given))
+        if bool(self.planes) == (self.n_kv_heads is not None or self.head_dim is not None):
             raise InvalidArgument("a LayerSpec takes either n_kv_heads and head_dim, or planes")
         if not self.planes:
             if self.n_kv_heads is None or self.head_dim is None:
@@ -84,5 +87,5 @@ class LayerSpec:
 
     def to_native(self) -> NativeLayer:
         """Return the layer as the native code takes it; raise InvalidArgument."""
-        window = None if self.window is None else integer(self.window, "window")
+        window = None if self.window is None else integer(self.window, "window, if not None,", 1)
         return ([plane.to_native() for plane in self.planes], window)

@@ -64,6 +64,7 @@ class Pool:
         # 0 stands for "the default" in the native call, so a given 0 is refused here.
         frame = 0 if max_frame_size is None else size_bytes(max_frame_size, "max_frame_size", 1)
         held_back = 0 if reserve is None else size_bytes(reserve, "reserve", 1)
+        ahead = size_bytes(preallocate, "preallocate")
         self._lock = threading.Lock()  # guards _store
         self._store: _native.PoolHandle | None = _native.make_host_pool(
             size_bytes(capacity, "capacity", 1),
@@ -75,8 +76,8 @@ class Pool:
         self.device: str = self._store.device
         self.page_size: int = self._store.page_size
         self.capacity: int = self._store.figures()["capacity_bytes"]
-        if preallocate:
-            self.preallocate(preallocate)
+        if ahead:
+            self.preallocate(ahead)
 
     @property
     def _native(self) -> _native.PoolHandle:

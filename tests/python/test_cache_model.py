@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -71,8 +71,8 @@ class PlaneBytes:
 class CacheMachine(RuleBasedStateMachine):
     """One cache in one pool; the cases below set the options."""
 
-    options: dict[str, Any] = {}
-    pool_options: dict[str, Any] = {}
+    options: ClassVar[dict[str, Any]] = {}
+    pool_options: ClassVar[dict[str, Any]] = {}
 
     @initialize()
     def make(self) -> None:
