@@ -75,8 +75,9 @@ build: $(VENV)/.native
 
 # ---- running ----
 
+# OpenMP's threads spin while they wait, which is ruinous when somebody else wants the cores.
 demo: $(VENV)/.native $(VENV)/.extra-demo
-	@$(VENV)/bin/kvspan demo $(ARGS)
+	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(VENV)/bin/kvspan demo $(ARGS)
 
 bench: $(VENV)/.native $(VENV)/.extra-test
 	@$(PY) bench/run.py $(or $(NAME),--list) $(ARGS)
