@@ -67,11 +67,19 @@ void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out) {
   Pages wanted{};
   for (const Gap& gap : gaps) wanted += gap.pages;
   const std::scoped_lock lock(pressure_);
+  const Counts before_reclaiming = counts();
+  const Bytes unused = before_reclaiming.capacity - before_reclaiming.in_use;
+  const Bytes asked = size_of(wanted, page_size_);
   for (const bool wait : {false, true}) {
-    Pages found{};
+    // First only what the capacity lacks; if that does not do, the machine is short as well.
+    Pages missing = wanted;
+    if (!wait && asked > unused) {
+      missing = Pages(static_cast<std::uint32_t>((asked - unused).value / page_size_.value));
+    }
     for (Reclaimer* reclaimer : reclaimers_) {
-      if (found >= wanted) break;
-      found += reclaimer->reclaim(wanted - found, wait);
+      const Pages found = reclaimer->reclaim(missing, wait);
+      if (found >= missing) break;
+      missing -= found;
     }
     try {
       if (try_take(gaps, out)) return;
