@@ -11,6 +11,7 @@
 
 #include "backend/host_backend.hpp"
 #include "cache/cache.hpp"
+#include "cache/sequence.hpp"
 #include "core/errors.hpp"
 #include "core/sizes.hpp"
 #include "samples.hpp"

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cache/cache.hpp"
+#include "cache/sequence.hpp"
 
 namespace kvspan {
 
