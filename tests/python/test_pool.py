@@ -1,0 +1,249 @@
+"""Pools: sizes as people write them, exact figures, memory ahead and back, caches side by side."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import kvspan
+
+PAGE = 64 << 10
+TOKENS = 16  # a page of `cache_of`
+
+
+def cache_of(pool: kvspan.Pool, dtype: torch.dtype = torch.float32, **options) -> kvspan.KVCache:
+    """16 tokens a page, in any dtype."""
+    dim = 512 * 4 // dtype.itemsize
+    return kvspan.KVCache(pool, 1, 1, dim, dtype, max_seqs=4, max_seq_len=64 * TOKENS, **options)
+
+
+def figures(pool: kvspan.Pool) -> tuple[int, int, int]:
+    """Return the pages in use, free and not created."""
+    s = pool.stats()
+    assert s.in_use_bytes + s.free_bytes + s.fresh_bytes == s.capacity_bytes == pool.capacity
+    assert s.huge_bytes + s.small_bytes == s.in_use_bytes + s.free_bytes
+    return s.in_use_bytes // PAGE, s.free_bytes // PAGE, s.fresh_bytes // PAGE
+
+
+@pytest.mark.parametrize(
+    ("size", "n_bytes"),
+    [
+        (1 << 20, 1 << 20),
+        ("1048576", 1 << 20),
+        ("1048576B", 1 << 20),
+        ("1024KiB", 1 << 20),
+        (" 1 MiB ", 1 << 20),
+        ("1.5MiB", 3 << 19),
+        ("0.25GiB", 1 << 28),
+        ("0.0009765625TiB", 1 << 30),
+        (torch.tensor(1 << 20), 1 << 20),
+    ],
+)
+def test_sizes_as_people_write_them(size: int | str, n_bytes: int) -> None:
+    assert kvspan.Pool(capacity=size, page_size=PAGE).capacity == n_bytes
+
+
+def test_memory_from_fresh_to_free_and_back(pool: kvspan.Pool) -> None:
+    assert figures(pool) == (0, 0, 64)
+    cache = cache_of(pool)
+    assert figures(pool) == (0, 0, 64)  # address space is no memory
+    sequence = cache.sequence()
+    sequence.extend(10 * TOKENS)
+    assert figures(pool) == (10, 0, 54)
+    sequence.release()
+    cache.trim()
+    assert figures(pool) == (0, 10, 54)
+    creations = pool.stats().calls["create"].handles
+    cache.sequence().extend(6 * TOKENS)
+    assert pool.stats().calls["create"].handles == creations  # frames are recycled
+    cache.close()
+    assert pool.trim() == 10 * PAGE
+    assert figures(pool) == (0, 0, 64)
+    assert pool.trim() == 0
+    calls = pool.stats().calls
+    assert calls["create"].handles == calls["release"].handles == 10
+    assert calls["map"].handles == calls["unmap"].handles
+
+
+def test_preallocated_frames_are_taken_without_creating_any(pool: kvspan.Pool) -> None:
+    pool.preallocate(8 * PAGE)
+    pool.preallocate(8 * PAGE)  # so much in all
+    pool.preallocate(3 * PAGE - 1)
+    assert figures(pool) == (0, 8, 56)
+    before = pool.stats().calls["create"]
+    cache = cache_of(pool)
+    sequence = cache.sequence()
+    sequence.extend(8 * TOKENS)
+    assert pool.stats().calls["create"] == before
+    assert figures(pool) == (8, 0, 56)
+    pool.preallocate("128KiB")
+    assert figures(pool) == (8, 2, 54)
+    with pytest.raises(kvspan.OutOfMemory):
+        pool.preallocate(57 * PAGE)
+    assert kvspan.Pool(capacity=PAGE, page_size=PAGE, preallocate=PAGE).stats().free_bytes == PAGE
+
+
+def test_the_whole_capacity_can_be_used(pool: kvspan.Pool) -> None:
+    cache = cache_of(pool)
+    sequences = [cache.sequence() for _ in range(4)]
+    for sequence in sequences:
+        sequence.extend(16 * TOKENS)
+    assert figures(pool) == (64, 0, 0)
+    with pytest.raises(kvspan.OutOfMemory):
+        sequences[0].extend(1)
+
+
+def test_huge_pages_are_counted_and_refusals_explained() -> None:
+    def run(**options) -> kvspan.PoolStats:
+        pool = kvspan.Pool(capacity="16MiB", preallocate="8MiB", **options)
+        return pool.stats()
+
+    asked = run()
+    assert asked.huge_bytes + asked.small_bytes == 8 << 20
+    assert bool(asked.huge_refusal) == (asked.small_bytes > 0)
+    not_asked = run(huge_pages=False)
+    assert (not_asked.huge_bytes, not_asked.small_bytes) == (0, 8 << 20)
+    assert not_asked.huge_refusal
+    small = run(page_size="1MiB")
+    assert small.huge_bytes == 0
+    assert small.huge_refusal == "pages of 1 MiB are smaller than a huge page of 2 MiB"
+
+
+def test_repr_and_context_manager() -> None:
+    with kvspan.Pool(capacity="4MiB", page_size=PAGE, preallocate="1MiB") as pool:
+        cache_of(pool).sequence().extend(2 * TOKENS)
+        assert repr(pool).startswith("<kvspan.Pool on cpu: ")
+        assert "not created, pages of 64 KiB>" in repr(pool)
+        assert (pool.device, pool.page_size, pool.capacity) == ("cpu", PAGE, 4 << 20)
+    assert repr(pool) == "<kvspan.Pool, closed>"
+    pool.close()
+
+
+def test_two_pools_side_by_side() -> None:
+    first = kvspan.Pool(capacity=4 * PAGE, page_size=PAGE)
+    second = kvspan.Pool(capacity=8 * PAGE, page_size=2 * PAGE)
+    a, b = cache_of(first).sequence(), cache_of(second).sequence()
+    a.extend(4 * TOKENS)
+    with pytest.raises(kvspan.OutOfMemory):
+        a.extend(1)
+    b.extend(8 * TOKENS)  # the other one has its own
+    with pytest.raises(kvspan.OutOfMemory):
+        b.extend(1)
+    first.close()
+    assert second.stats().in_use_bytes == 8 * PAGE
+    assert second.stats().calls["map"].handles == 4
+
+
+def test_caches_share_one_pool(pool: kvspan.Pool) -> None:
+    caches = [cache_of(pool, dtype) for dtype in (torch.float32, torch.bfloat16, torch.int8)]
+    sequences = [cache.sequence() for cache in caches]
+    for i, sequence in enumerate(sequences):
+        sequence.extend((i + 1) * TOKENS)
+        sequence.layer(0)[0].fill_(i)
+    assert [cache.stats().mapped_bytes for cache in caches] == [PAGE, 2 * PAGE, 3 * PAGE]
+    assert figures(pool)[0] == 6
+    frames = [entry.frame_id for cache in caches for entry in cache.page_map()]
+    assert len(set(frames)) == 6
+    caches[1].close()
+    assert figures(pool)[0] == 4
+    assert all((sequences[i].layer(0)[0] == i).all() for i in (0, 2))
+
+
+def test_pressure_takes_what_another_cache_keeps(pool: kvspan.Pool) -> None:
+    a, b = cache_of(pool, keep="1GiB"), cache_of(pool)
+    alive, gone = a.sequence(), a.sequence()
+    alive.extend(36 * TOKENS)
+    alive.layer(0)[0].fill_(3)
+    alive.truncate(30 * TOKENS)
+    gone.extend(20 * TOKENS)
+    gone.release()
+    assert a.stats().kept_bytes == (6 + 20) * PAGE
+
+    mine = b.sequence()
+    mine.extend(8 * TOKENS)
+    assert figures(pool) == (64, 0, 0)
+    assert a.stats().kept_bytes == (6 + 20) * PAGE
+    mine.extend(TOKENS)
+    assert 0 < a.stats().kept_bytes < (6 + 20) * PAGE
+    mine.extend(25 * TOKENS)
+    assert a.stats().kept_bytes == 0  # from the living one, too
+    with pytest.raises(kvspan.OutOfMemory) as caught:
+        mine.extend(TOKENS)
+    assert (caught.value.requested, caught.value.free) == (PAGE, 0)
+    assert (alive.layer(0)[0] == 3).all()
+    assert alive.length == 30 * TOKENS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_frames_that_cross_caches_come_zeroed(dtype: torch.dtype) -> None:
+    """Stale NaN of one model would be NaN in the masked attention of the next."""
+    pool = kvspan.Pool(capacity=4 * PAGE, page_size=PAGE)
+    first, second = cache_of(pool), cache_of(pool, dtype)
+    with first.sequence() as tenant:
+        tenant.extend(4 * TOKENS)
+        for plane in tenant.layer(0):
+            plane.fill_(torch.nan)
+    first.trim()
+    sequence = second.sequence()
+    sequence.extend(4 * TOKENS)
+    assert figures(pool) == (4, 0, 0)
+    for plane in sequence.layer(0):
+        assert not plane.contiguous().view(torch.uint8).any()
+    assert second.stats().calls["fill"].calls > 0
+
+
+def test_frames_that_stay_in_their_cache_are_not_zeroed_unless_asked(pool: kvspan.Pool) -> None:
+    for scrub in ("cross", "reuse"):
+        cache = cache_of(pool, scrub=scrub)
+        with cache.sequence() as tenant:
+            tenant.extend(4 * TOKENS)
+            tenant.layer(0)[0].fill_(1)
+        before = cache.stats().calls["fill"]
+        sequence = cache.sequence()
+        sequence.extend(4 * TOKENS)
+        if scrub == "reuse":
+            assert not sequence.layer(0)[0].any()
+        assert (cache.stats().calls["fill"] == before) == (scrub == "cross")
+        cache.close()
+
+
+def test_large_frames_take_fewer_handles() -> None:
+    pool = kvspan.Pool(capacity=64 * PAGE, page_size=PAGE, max_frame_size=16 * PAGE)
+    cache = cache_of(pool)
+    sequence = cache.sequence()
+    sequence.extend(23 * TOKENS)  # 23 pages: 16 + 4 + 2 + 1
+    assert cache.stats().mapped_bytes == 23 * PAGE
+    assert cache.stats().calls["map"].handles == 4
+    assert len({entry.frame_id for entry in cache.page_map()}) == 4
+
+
+def test_threads_share_a_pool() -> None:
+    """Four threads with a cache each, seeded alike: one pool, no frame twice."""
+    pool = kvspan.Pool(capacity=48 * PAGE, page_size=PAGE)
+    failures: list[BaseException] = []
+
+    def work(value: int) -> None:
+        try:
+            cache = cache_of(pool)
+            for _ in range(60):
+                with cache.sequence() as sequence:
+                    try:
+                        sequence.extend((1 + value) * TOKENS)
+                    except kvspan.OutOfMemory:
+                        continue
+                    for plane in sequence.layer(0):
+                        plane.fill_(value)
+                    assert all((plane == value).all() for plane in sequence.layer(0))
+            cache.close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert figures(pool)[0] == 0
