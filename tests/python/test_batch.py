@@ -77,6 +77,16 @@ def test_step_within_pages_calls_no_driver(cache: kvspan.KVCache) -> None:
     assert grown == 10 * 2  # a page for each row in each lane
 
 
+@pytest.mark.parametrize("row", range(3))
+def test_any_row_may_be_the_one_that_needs_a_page(cache: kvspan.KVCache, row: int) -> None:
+    batch = cache.batch(3)
+    fill(batch, [16 if i == row else 3 for i in range(3)])
+    mapped = cache.stats().mapped_bytes
+    batch.step()
+    assert cache.stats().mapped_bytes == mapped + 2 * PAGE
+    batch.sequences[row].layer(0)[0][16] = row  # traps if it is not there
+
+
 def test_step_is_all_or_nothing() -> None:
     pool = kvspan.Pool(capacity=5 * PAGE, page_size=PAGE)
     cache = kvspan.KVCache(pool, 1, 4, 128, torch.float32, max_seqs=3, max_seq_len=160)

@@ -232,6 +232,7 @@ def test_drop_before_frees_the_pages_of_layers_with_a_window(pool: Pool) -> None
     after = cache.stats()
     assert before.mapped_bytes - after.mapped_bytes == 6 * PAGE
     assert before.used_bytes - after.used_bytes == 100 * 4096
+    assert (after.partial_bytes, after.kept_bytes) == (4 * 4096, 0)  # 96 to 99, of a whole page
     assert (sequence.layer(0)[0] == 1).all()
     assert not sequence.layer(1)[0][:96].any()
     assert (sequence.layer(1)[0][96:] == 2).all()
