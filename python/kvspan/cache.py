@@ -191,7 +191,7 @@ class KVCache:
         return Batch(self, native, [Sequence(self, row) for row in native.rows])
 
     def trim(self) -> int:
-        """Unmap every page that holds no live token; return how many bytes that was.
+        """Unmap every page that holds no live token; return how many bytes that freed.
 
         The frames go back to the pool, not to the machine: see `Pool.trim`.
         """

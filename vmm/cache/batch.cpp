@@ -66,7 +66,9 @@ Batch::~Batch() {
   if (!lease_ || !cache_->store_->backend().usable()) return;
   const std::scoped_lock lock(cache_->mutex_);
   for (std::int32_t i = 0; i < lease_->count; ++i) {
-    cache_->slot(SlotId(lease_->first.value + i)).is_leased = false;
+    const SlotId id(lease_->first.value + i);
+    cache_->slot(id).is_leased = false;
+    if (cache_->space_) cache_->update_mapped(id);  // a slot that a select broke is retired
   }
 }
 
@@ -145,6 +147,15 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
   // Remapping changes what is under addresses that kernels know: their work has to be done.
   Backend& backend = cache.store_->backend();
   backend.wait(backend.record_fence(stream));
+  for (std::int32_t i = 0; i < lease_->count; ++i) {
+    const SlotId id(lease_->first.value + i);
+    if (space.is_broken(id)) {
+      throw DriverError("remap", "lost",
+                        "the driver failed on slot " + std::to_string(id.value) +
+                            " of this batch; make a new batch");
+    }
+    cache.settle(id);
+  }
 
   std::vector<std::shared_ptr<Sequence>> selected;
   for (std::size_t i = 0; i < rows.size(); ++i) {
@@ -205,6 +216,9 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
       state.dropped_pages.store(source.dropped_pages.load(std::memory_order_relaxed),
                                 std::memory_order_relaxed);
       cache.slot(state.slot).live = selected[i]->state();
+      // From here on close() waits for it; one that is under way does not know it.
+      const bool is_new = first_use[static_cast<std::size_t>(rows[i])] != i;
+      if (is_new && !cache.is_closed_) state.claim.store(Claim::used, std::memory_order_relaxed);
     }
     for (std::int32_t i = 0; i < lease_->count; ++i) {
       cache.update_mapped(SlotId(lease_->first.value + i));
@@ -212,7 +226,9 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
     for (SequenceState* state : selected_states) cache.update_capacity(*state);
   }
   for (std::size_t i = 0; i < rows.size(); ++i) {
-    if (first_use[static_cast<std::size_t>(rows[i])] != i) selected_states[i]->unclaim();
+    const bool is_new = first_use[static_cast<std::size_t>(rows[i])] != i;
+    const bool is_used = selected_states[i]->claim.load(std::memory_order_relaxed) == Claim::used;
+    if (is_new && is_used) selected_states[i]->unclaim();
   }
   rows_ = std::move(selected);
   states_ = std::move(selected_states);

@@ -252,7 +252,8 @@ Pages Cache::reclaim(Pages wanted, bool wait) noexcept {
     if ((!wait && !is_settled(id)) || !state->try_claim(Claim::reclaimed)) continue;
     total += drop_tail(id, state->tokens());
     update_capacity(*state);
-    state->unclaim();
+    state->is_lost = space_->is_broken(id);
+    state->unclaim(state->is_lost ? Claim::lost : Claim::idle);
   }
   return total;
 }

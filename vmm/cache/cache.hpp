@@ -71,7 +71,7 @@ class Cache final : public Reclaimer, public std::enable_shared_from_this<Cache>
   // `n` new sequences in adjacent slots.
   std::shared_ptr<Batch> adjacent_batch(std::int32_t n);
 
-  // Unmaps every page that no live token needs. Returns the bytes unmapped.
+  // Unmaps every page that no live token needs. Returns the bytes that nobody references any more.
   Bytes trim();
   // Ends the API of the cache and its sequences. The memory lives as long as a tensor shows it.
   void close();

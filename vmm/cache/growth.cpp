@@ -111,12 +111,18 @@ void Cache::truncate(SequenceState& state, Tokens n, Stream stream) {
     slot(state.slot).fence = fence;
     // Shared pages past the end are of no use to this sequence: it would have to copy them.
     if (is_settled(state.slot)) drop_shared(state.slot, n);
-    // A surplus of its own stays, within the limit: after a rejected speculation it is needed soon.
-    const Pages needed = needed_pages(state);
+    // A surplus of its own stays, for after a rejected speculation it is needed soon: over the
+    // limit, free slots give up theirs first.
+    limit_kept();
+    const Pages kept = kept_pages();
     const Pages limit = keep_limit();
-    if (slot(state.slot).backed > needed + limit && is_settled(state.slot)) {
-      drop_tail(state.slot, std::max(n, tokens_in(needed + limit)));
+    if (kept > limit && is_settled(state.slot)) {
+      const Pages needed = needed_pages(state);
+      const Pages stays =
+          std::max(slot(state.slot).backed, needed + (kept - limit)) - (kept - limit);
+      drop_tail(state.slot, std::max(n, tokens_in(stays)));
     }
+    state.is_lost = space_->is_broken(state.slot);
     update_capacity(state);
   }
 }
@@ -204,7 +210,7 @@ std::shared_ptr<Sequence> Cache::fork(const SequenceState& parent, Stream stream
     commit(edit);
   } catch (...) {
     child->unclaim(Claim::released);
-    vacate(*child, {});
+    vacate(*child, slot(child->slot).fence);
     throw;
   }
   {
@@ -246,7 +252,7 @@ void Cache::release(SequenceState& state, Stream stream) {
   try {
     fence = store_->backend().record_fence(stream);
   } catch (const Error&) {
-    state.unclaim();
+    state.unclaim(state.is_lost ? Claim::lost : Claim::idle);
     throw;
   }
   if (!state.is_lost && store_->backend().is_passed(fence)) {

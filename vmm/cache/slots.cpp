@@ -99,7 +99,7 @@ void Cache::prepare(SequenceState& state) {
     update_capacity(state);
   } catch (...) {
     state.unclaim(Claim::released);
-    vacate(state, {});
+    vacate(state, slot(id).fence);  // which may not be passed yet, should waiting have failed
     throw;
   }
   state.unclaim();
@@ -111,10 +111,9 @@ void Cache::vacate(SequenceState& state, Fence fence) noexcept {
   Slot& s = slot(state.slot);
   s.live.reset();
   s.fence = fence;
-  s.is_retired = space_->is_broken(state.slot);
   update_mapped(state.slot);
   // A leased slot is its batch's: nobody else looks into it, so nothing may stay there.
-  if (s.is_leased) drop_tail(state.slot, Tokens(0));
+  if (s.is_leased && !s.is_retired) drop_tail(state.slot, Tokens(0));
   limit_kept();
 }
 
@@ -130,12 +129,14 @@ void Cache::update_mapped(SlotId id) {
   const Pages now = space_->backed_pages(id);
   const auto change = std::int64_t{now.value} - std::int64_t{slot(id).backed.value};
   slot(id).backed = now;
+  slot(id).is_retired = space_->is_broken(id);
   mapped_pages_.fetch_add(change, std::memory_order_relaxed);
 }
 
 Pages Cache::kept_pages() const {
   Pages kept{};
   for (const Slot& s : slots_) {
+    if (s.is_retired) continue;
     const Pages needed = s.live ? needed_pages(*s.live) : Pages(0);
     if (s.backed > needed) kept += s.backed - needed;
   }
@@ -168,14 +169,17 @@ void Cache::limit_kept() noexcept {
     if (!fullest) return;
     const Pages has = slots_[*fullest].backed;
     const Tokens keep = has > excess ? tokens_in(has - excess) : Tokens(0);
-    if (drop_tail(SlotId(static_cast<std::int32_t>(*fullest)), keep) == Pages(0)) return;
+    drop_tail(SlotId(static_cast<std::int32_t>(*fullest)), keep);
+    if (slots_[*fullest].backed == has) return;
   }
 }
 
 Pages Cache::drop_tail(SlotId id, Tokens keep) noexcept {
-  const Pages before = slot(id).backed;
+  Pages before = slot(id).backed;
   try {
     settle(id);
+    drop_shared(id, keep);  // not counted: others hold that memory
+    before = slot(id).backed;
     Edit edit = space_->edit({});
     for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
       Span& span = space_->span(id, lane);

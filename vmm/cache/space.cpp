@@ -19,10 +19,14 @@ Space::Space(std::shared_ptr<FrameStore> store, Layout layout, const SpaceOption
   Backend& backend = store_->backend();
   try {
     for (const Lane& lane : layout_.lanes()) {
-      const std::uint64_t pages = div_up(positions * lane.token_bytes.value, page_size().value);
-      if (pages > UINT32_MAX || pages * slots > UINT64_MAX / 2 / page_size().value) {
+      std::uint64_t bytes = 0, all_bytes = 0;
+      if (__builtin_mul_overflow(positions, lane.token_bytes.value, &bytes) ||
+          bytes > UINT64_MAX - page_size().value ||
+          __builtin_mul_overflow(round_up(bytes, page_size().value), slots, &all_bytes) ||
+          div_up(bytes, page_size().value) > UINT32_MAX) {
         throw InvalidArgument("max_seq_len and max_seqs ask for more than the address space holds");
       }
+      const std::uint64_t pages = div_up(bytes, page_size().value);
       slot_pages_.push_back(Pages(static_cast<std::uint32_t>(pages)));
       const auto [tag, is_new] = tags.try_emplace(lane.dtype);
       if (is_new || !lane.is_uniform) tag->second = store_->new_owner();

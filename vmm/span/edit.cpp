@@ -256,7 +256,7 @@ void Edit::publish() noexcept {
 void Edit::undo() noexcept {
   for (auto patch = patches_.rbegin(); patch != patches_.rend(); ++patch) undo(*patch);
   store_.give(referenced_);
-  for (const FrameStore::Taken& taken : taken_) store_.give({&taken.frame, 1});
+  store_.give_back(taken_);
 }
 
 void Edit::undo(Patch& patch) noexcept {

@@ -217,6 +217,14 @@ Pages FrameStore::give(std::span<const FrameId> frames) noexcept {
   return freed;
 }
 
+void FrameStore::give_back(std::span<const Taken> taken) noexcept {
+  for (const Taken& t : taken) {
+    // Before giving: from then on the frame may be somebody else's.
+    if (t.is_dirty) state_of(t.frame).store(kDirty, std::memory_order_relaxed);
+    give({&t.frame, 1});
+  }
+}
+
 void FrameStore::create_ahead(Bytes size) {
   const std::uint64_t wanted = div_up(size.value, page_size_.value);
   const FramePool::Counts now = pool_.counts(SizeClass(0));
@@ -242,8 +250,10 @@ Pages FrameStore::release_free(Pages wanted) {
   Pages released{};
   for (int c = pool_.largest_class().value; c >= 0 && released < wanted; --c) {
     const SizeClass size_class{static_cast<std::uint8_t>(c)};
+    // Others take and give meanwhile: as many as there are at the moment of taking.
     std::vector<FrameId> held(pool_.counts(size_class).free);
-    if (held.empty() || !pool_.take(size_class, held)) continue;
+    while (!held.empty() && !pool_.take(size_class, held))
+      held.resize(pool_.counts(size_class).free);
     std::vector<FrameId> present;
     for (const FrameId frame : held) {
       const bool is_enough = released.value + (present.size() << c) >= wanted.value;

@@ -78,6 +78,8 @@ class FrameStore {
   void share(FrameId frame);
   // Takes a reference from each. Returns the pages that nobody references any more.
   Pages give(std::span<const FrameId> frames) noexcept;
+  // Gives back what was taken and not used: what was dirty stays so, for whoever takes it next.
+  void give_back(std::span<const Taken> taken) noexcept;
   // Takes a frame that the driver will not let go of out of circulation.
   void keep_for_ever(FrameId frame) noexcept { pool_.share({&frame, 1}); }
   std::uint32_t references(FrameId frame) const noexcept { return pool_.references(frame); }
@@ -95,7 +97,7 @@ class FrameStore {
 
  private:
   // What stands behind an id. Values from kFirstOwner on: present, last used by that owner.
-  enum : std::uint32_t { kAbsent = 0, kClean = 1, kFirstOwner = 2 };
+  enum : std::uint32_t { kAbsent = 0, kClean = 1, kDirty = 2, kFirstOwner = 3 };
   using State = std::atomic<std::uint32_t>;
 
   State& state_of(FrameId frame) noexcept;

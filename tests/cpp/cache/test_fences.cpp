@@ -53,6 +53,75 @@ BOOST_AUTO_TEST_CASE(rows_are_remapped_only_when_their_work_is_done) {
   BOOST_TEST(rig.backend->waited_for().size() == 1u);
 }
 
+BOOST_AUTO_TEST_CASE(a_wait_that_fails_is_made_good_by_the_next) {
+  Rig rig({.max_seqs = 1, .keep = kGiB});
+  rig.backend->set_manual_fences(true);
+  rig.grown(1, 150)->release({});
+  rig.backend->fail(1, Fault::driver, Call::wait_fence);
+  BOOST_CHECK_THROW(rig.cache->sequence(Tokens(150)), DriverError);
+  BOOST_TEST(rig.backend->unpassed().size() == 1u);
+  const auto next = rig.cache->sequence(Tokens(150));
+  BOOST_TEST(rig.backend->unpassed().empty());
+}
+
+BOOST_AUTO_TEST_CASE(a_fork_waits_for_the_last_work_in_its_slot) {
+  Rig rig({.max_seqs = 2, .keep = kGiB});
+  const auto a = rig.grown(1, 150);
+  rig.backend->set_manual_fences(true);
+  rig.grown(2, 150)->release({});
+  rig.backend->fail(1, Fault::driver, Call::wait_fence);
+  BOOST_CHECK_THROW(a->fork({}), DriverError);
+  BOOST_TEST(rig.backend->unpassed().size() == 1u);
+  const auto b = a->fork({});
+  BOOST_TEST(rig.backend->unpassed().empty());
+  BOOST_TEST(rig.holds(*b, 1, 0, 150));
+}
+
+BOOST_AUTO_TEST_CASE(rows_wait_for_work_on_other_streams_before_they_are_remapped) {
+  Rig rig;
+  const auto batch = rig.cache->adjacent_batch(2);
+  for (const auto& row : batch->rows()) row->extend(Tokens(120), {});
+  rig.backend->set_manual_fences(true);
+  batch->rows().front()->truncate(Tokens(60), {});
+  const std::int32_t order[] = {1, 0};
+  batch->select(order, {});
+  BOOST_TEST(rig.backend->unpassed().empty());
+}
+
+BOOST_AUTO_TEST_CASE(a_surplus_stays_mapped_until_the_fence_of_its_truncate) {
+  Rig rig({.layers_per_page = 2, .keep = Bytes(0)});
+  const auto a = rig.grown(1, 500);
+  rig.backend->set_manual_fences(true);
+  const Bytes mapped = rig.cache->figures().mapped;
+  a->truncate(Tokens(10), {});
+  BOOST_TEST((rig.cache->figures().mapped == mapped));
+  BOOST_TEST((rig.cache->reclaim(Pages(100), false) == Pages(0)));
+  rig.backend->pass_all();
+  BOOST_TEST((rig.cache->reclaim(Pages(100), false) > Pages(0)));
+  BOOST_TEST(rig.backend->waited_for().empty());
+  BOOST_TEST(rig.holds(*a, 1, 0, 10));
+}
+
+// Pages that a fork left in its slot, because its work was not done when it was released, free no
+// memory when they are unmapped.
+BOOST_AUTO_TEST_CASE(shared_pages_in_free_slots_are_not_taken_for_memory) {
+  Rig rig({.n_pages = 20, .layers_per_page = 2, .keep = kGiB});
+  const auto parent = rig.grown(1, 204);  // 8 pages, the last partly filled
+  std::vector<std::shared_ptr<Sequence>> gone;
+  for (int i = 0; i < 3; ++i) gone.push_back(parent->fork({}));
+  const auto own = rig.grown(2, 204);
+  BOOST_TEST((rig.store->counts().in_use == kTestPage * 19));
+  rig.backend->set_manual_fences(true);
+  for (const auto& s : gone) s->release({});
+  own->release({});
+  rig.backend->pass_all();
+  const auto next = rig.cache->sequence(Tokens(0));
+  const auto last = rig.cache->sequence(Tokens(0));
+  next->extend(Tokens(102), {});
+  last->extend(Tokens(204), {});
+  BOOST_TEST(rig.holds(*parent, 1, 0, 204));
+}
+
 BOOST_AUTO_TEST_SUITE_END()
 
 }  // namespace kvspan::test

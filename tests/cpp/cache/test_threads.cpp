@@ -12,7 +12,7 @@
 namespace kvspan::test {
 namespace {
 
-constexpr auto kDuration = std::chrono::milliseconds(700);
+constexpr auto kDuration = std::chrono::milliseconds(500);
 
 // One thread's life; returns whether every byte was right.
 bool live(Rig& rig, std::int32_t mark, std::uint32_t seed) {
@@ -67,8 +67,8 @@ bool live(Rig& rig, std::int32_t mark, std::uint32_t seed) {
 
 BOOST_AUTO_TEST_SUITE(threads)
 
-BOOST_AUTO_TEST_CASE(caches_of_one_pool_take_frames_from_each_other) {
-  Rig first({.n_pages = 60, .max_seqs = 16, .keep = kGiB});
+void share_a_pool(std::uint8_t largest_class) {
+  Rig first({.n_pages = 60, .largest_class = largest_class, .max_seqs = 16, .keep = kGiB});
   Rig second = first;  // the same pool, another cache
   second.cache = Cache::make(first.store, first.cache_options);
   std::atomic<int> n_right{0};
@@ -83,8 +83,14 @@ BOOST_AUTO_TEST_CASE(caches_of_one_pool_take_frames_from_each_other) {
   BOOST_TEST(first.backend->violations().empty());
   second.cache->close();
   first.cache->trim();
+  BOOST_TEST((first.cache->figures().mapped == Bytes(0)));
+  BOOST_TEST((first.cache->figures().shared == Bytes(0)));
   BOOST_TEST((first.store->counts().in_use == Bytes(0)));
 }
+
+BOOST_AUTO_TEST_CASE(caches_of_one_pool_take_frames_from_each_other) { share_a_pool(0); }
+
+BOOST_AUTO_TEST_CASE(caches_of_one_pool_with_large_frames) { share_a_pool(2); }
 
 BOOST_AUTO_TEST_CASE(two_threads_on_one_sequence_are_told_so) {
   Rig rig({.n_pages = 64});
@@ -135,6 +141,31 @@ BOOST_AUTO_TEST_CASE(closing_waits_for_calls_under_way) {
   for (std::thread& thread : threads) thread.join();
   BOOST_CHECK_THROW(rig.cache->figures(), ReleasedError);
   BOOST_TEST(rig.backend->violations().empty());
+}
+
+// Rows that select repeats are new sequences: a close at the same time must end those, too.
+BOOST_AUTO_TEST_CASE(closing_ends_the_rows_that_a_select_makes_meanwhile) {
+  for (int i = 0; i < 60; ++i) {
+    Rig rig;
+    const auto batch = rig.cache->adjacent_batch(4);
+    batch->step(Tokens(100), {});
+    std::atomic<bool> is_running{false};
+    std::thread selecting([&] {
+      const std::int32_t rows[] = {0, 0, 0, 0};
+      is_running = true;
+      try {
+        for (;;) batch->select(rows, {});
+      } catch (const ReleasedError&) {
+      }
+    });
+    while (!is_running) std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::microseconds(200 + 10 * i));
+    rig.cache->close();
+    selecting.join();
+    for (const auto& row : batch->rows()) {
+      BOOST_CHECK_THROW(row->extend(Tokens(1), {}), ReleasedError);
+    }
+  }
 }
 
 BOOST_AUTO_TEST_SUITE_END()

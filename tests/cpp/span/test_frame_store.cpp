@@ -1,7 +1,10 @@
 // Frames with memory behind them: size classes under one budget, reclamation, and exact figures.
 #include <algorithm>
+#include <atomic>
 #include <boost/test/unit_test.hpp>
 #include <memory>
+#include <random>
+#include <thread>
 
 #include "backend/host_backend.hpp"
 #include "core/errors.hpp"
@@ -175,6 +178,36 @@ BOOST_AUTO_TEST_CASE(creating_ahead_and_trimming) {
   BOOST_TEST(rig.take(12).size() == 12u);
   BOOST_TEST(rig.backend->violations().empty());
 }
+
+// Four threads that never want more than there is: a share each of 16 pages.
+void take_shares(std::uint8_t largest_class) {
+  Rig rig(64, largest_class);
+  std::atomic<int> n_refused{0};
+  std::vector<std::thread> threads;
+  for (std::uint32_t seed = 0; seed < 4; ++seed) {
+    threads.emplace_back([&, seed] {
+      std::mt19937 random(seed);
+      for (int i = 0; i < 2000; ++i) {
+        const std::uint32_t n = 1 + static_cast<std::uint32_t>(random() % 16);
+        try {
+          rig.store->give(rig.take(n));
+        } catch (const OutOfMemory&) {
+          ++n_refused;
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  BOOST_TEST_MESSAGE("refused: " << n_refused.load());
+  BOOST_TEST(n_refused.load() == 0);
+  BOOST_TEST((rig.store->counts().in_use == Bytes(0)));
+  BOOST_TEST((rig.store->counts().created <= rig.store->counts().capacity));
+  BOOST_TEST(rig.backend->violations().empty());
+}
+
+BOOST_AUTO_TEST_CASE(concurrent_takers_each_get_their_share) { take_shares(0); }
+
+BOOST_AUTO_TEST_CASE(concurrent_takers_of_several_classes) { take_shares(2); }
 
 BOOST_AUTO_TEST_SUITE_END()
 
