@@ -1,8 +1,9 @@
 """What does mapping a page cost beside the system calls that it needs?
 
 `extend` by whole pages, frames created before, against one mmap of as many huge pages of a memfd at
-a fixed address, both in the middle of their reservations. Unmapping is not timed. One C++ program, the two alternating with a third: `extend`
-over a backend that does nothing, which is what pool and page tables cost.
+a fixed address, both in the middle of their reservations. Unmapping is not timed. One C++ program,
+the two alternating with a third: `extend` over a backend that does nothing, which is what pool and
+page tables cost.
 """
 
 from __future__ import annotations
