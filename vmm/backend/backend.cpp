@@ -2,6 +2,13 @@
 
 namespace kvspan {
 
+void Backend::count(CallCounters& counters, Call call, std::uint64_t frames) const noexcept {
+  const bool is_per_frame = call == Call::create || call == Call::release || call == Call::map;
+  const bool is_split = traits().calls_per_frame && is_per_frame;
+  counters.add(call, frames, is_split ? frames : 1);
+  if (is_split && call == Call::map) counters.add(Call::set_access, frames);
+}
+
 VirtualRange Backend::reserve(Bytes size, Unmapped unmapped) {
   calls_.add(Call::reserve, 1);
   return do_reserve(size, unmapped);
@@ -13,18 +20,19 @@ void Backend::free(VirtualRange range) noexcept {
 }
 
 void Backend::create(FrameRun run) {
-  calls_.add(Call::create, run.count);
+  count(calls_, Call::create, run.count);
   do_create(run);
 }
 
 void Backend::release(FrameRun run) noexcept {
-  calls_.add(Call::release, run.count);
+  count(calls_, Call::release, run.count);
   do_release(run);
 }
 
 void Backend::map(Address at, FrameRun run, Access access) {
-  calls_.add(Call::map, run.count);
+  count(calls_, Call::map, run.count);
   do_map(at, run, access);
+  mappings_.fetch_add(run.count, std::memory_order_relaxed);
 }
 
 void Backend::set_access(VirtualRange range, Access access) {
@@ -35,6 +43,7 @@ void Backend::set_access(VirtualRange range, Access access) {
 void Backend::unmap(VirtualRange range, std::uint32_t handles) {
   calls_.add(Call::unmap, handles);
   do_unmap(range, handles);
+  mappings_.fetch_sub(handles, std::memory_order_relaxed);
 }
 
 void Backend::copy(Address to, Address from, Bytes size, Stream stream) {
@@ -55,6 +64,11 @@ Fence Backend::record_fence(Stream stream) {
 void Backend::wait(Fence fence) {
   calls_.add(Call::wait_fence, 1);
   do_wait(fence);
+}
+
+void Backend::order_after(Stream stream, Fence fence) {
+  calls_.add(Call::order_after, 1);
+  do_order_after(stream, fence);
 }
 
 }  // namespace kvspan

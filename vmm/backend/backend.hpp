@@ -22,6 +22,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -61,13 +62,19 @@ struct Fence {
   std::uint64_t id = 0;
 };
 
+enum class DeviceKind : std::uint8_t { cpu, cuda };
+
 // What a backend is like; constant through its life.
 struct Traits {
   std::string device;  // "cpu", "cuda:0"
-  Bytes page_size;     // what every size and address below is a multiple of
+  DeviceKind kind;
+  std::int32_t ordinal;  // among the devices of its kind
+  Bytes page_size;       // what every size and address below is a multiple of
   SizeClass
       preferred_class;  // the largest frames worth making: where a call costs per handle, large
   bool zero_on_unmapped = false;  // whether `Unmapped::zero` can be had
+  // Whether the driver takes one call for each frame, and one more to grant access to a range.
+  bool calls_per_frame = false;
 };
 
 struct MemoryInfo {
@@ -80,6 +87,21 @@ struct HugePages {
   Bytes huge;           // physical memory of frames that lies in huge pages
   Bytes small;          // and that does not
   std::string refusal;  // why the last frame that is not huge is not; empty when all are
+};
+
+// A small array that the host fills and kernels read, at an address that never changes.
+class Mirror {
+ public:
+  Mirror() = default;
+  Mirror(const Mirror&) = delete;
+  Mirror& operator=(const Mirror&) = delete;
+  virtual ~Mirror() = default;
+
+  virtual void* host() noexcept = 0;            // what to fill
+  virtual Address device() const noexcept = 0;  // where kernels find it
+  // Lets work that is queued on the stream from now on see what the host has filled in so far; the
+  // host may go on writing at once. Throws DriverError.
+  virtual void publish(Stream stream) = 0;
 };
 
 class Backend {
@@ -134,8 +156,21 @@ class Backend {
   virtual bool is_passed(Fence fence) const noexcept = 0;
   // Blocks until it has been.
   void wait(Fence fence);
+  // Holds back what is queued on the stream from now on until the fence has been passed; the
+  // calling thread goes on.
+  void order_after(Stream stream, Fence fence);
+  // Blocks until the device has done all work of this process. For closing only.
+  virtual void finish() noexcept = 0;
+
+  // A mirror of `size` bytes, zeroed. It must not outlive the backend. Throws OutOfMemory.
+  virtual std::unique_ptr<Mirror> make_mirror(Bytes size) = 0;
 
   const CallCounters& calls() const noexcept { return calls_; }
+  // Adds what a call that concerns so many frames is to the driver: one mmap for all of them, or a
+  // cuMemMap for each and a cuMemSetAccess.
+  void count(CallCounters& counters, Call call, std::uint64_t frames) const noexcept;
+  // Frames that are mapped now, each as often as it is mapped.
+  std::uint64_t mappings() const noexcept { return mappings_.load(std::memory_order_relaxed); }
 
   // How often a noexcept function failed, and what the last one reported.
   std::uint64_t failure_count() const noexcept { return failures_.load(std::memory_order_relaxed); }
@@ -155,8 +190,10 @@ class Backend {
   virtual void do_fill(Address at, std::uint8_t value, Bytes size, Stream stream) = 0;
   virtual Fence do_record_fence(Stream stream) = 0;
   virtual void do_wait(Fence fence) = 0;
+  virtual void do_order_after(Stream stream, Fence fence) = 0;
 
   CallCounters calls_;
+  std::atomic<std::uint64_t> mappings_{0};  // relaxed: only read as a figure
   std::atomic<std::uint64_t> failures_{0};
 };
 

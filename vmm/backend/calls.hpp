@@ -22,13 +22,14 @@ enum class Call : std::uint8_t {
   fill,
   record_fence,
   wait_fence,
+  order_after,
 };
 
-inline constexpr std::size_t kCalls = 11;
+inline constexpr std::size_t kCalls = 12;
 
 constexpr std::array<std::string_view, kCalls> kCallNames = {
-    "reserve", "free", "create", "release",      "map",       "set_access",
-    "unmap",   "copy", "fill",   "record_fence", "wait_fence"};
+    "reserve", "free", "create", "release",      "map",        "set_access",
+    "unmap",   "copy", "fill",   "record_fence", "wait_fence", "order_after"};
 
 struct CallCount {
   std::uint64_t calls = 0;
@@ -38,9 +39,9 @@ struct CallCount {
 // Counters that any thread may raise. Relaxed: they order nothing, they are only summed.
 class CallCounters {
  public:
-  void add(Call call, std::uint64_t handles) noexcept {
+  void add(Call call, std::uint64_t handles, std::uint64_t calls = 1) noexcept {
     auto& c = counters_[static_cast<std::size_t>(call)];
-    c.calls.fetch_add(1, std::memory_order_relaxed);
+    c.calls.fetch_add(calls, std::memory_order_relaxed);
     c.handles.fetch_add(handles, std::memory_order_relaxed);
   }
 

@@ -92,6 +92,22 @@ struct Extent {
   Bytes offset, size;  // in the memfd
 };
 
+// Host and device are one, and their order is the calling thread's.
+class HostMirror final : public Mirror {
+ public:
+  explicit HostMirror(Bytes size)
+      : bytes_(std::make_unique<std::uint64_t[]>(div_up(size.value, 8))) {}
+
+  void* host() noexcept override { return bytes_.get(); }
+  Address device() const noexcept override {
+    return Address(reinterpret_cast<std::uintptr_t>(bytes_.get()));
+  }
+  void publish(Stream) override {}
+
+ private:
+  const std::unique_ptr<std::uint64_t[]> bytes_;
+};
+
 class HostBackend final : public Backend {
  public:
   HostBackend(const HostOptions& options, std::unique_ptr<MemoryGauge> gauge);
@@ -102,6 +118,10 @@ class HostBackend final : public Backend {
   HugePages huge_pages() const override;
   bool usable() const noexcept override { return generation_ == host_fork::generation(); }
   bool is_passed(Fence) const noexcept override { return true; }
+  void finish() noexcept override {}
+  std::unique_ptr<Mirror> make_mirror(Bytes size) override {
+    return std::make_unique<HostMirror>(size);
+  }
 
  private:
   // Everything that another thread of the parent may have been changing while a child was made. In
@@ -134,6 +154,7 @@ class HostBackend final : public Backend {
   void do_fill(Address at, std::uint8_t value, Bytes size, Stream) override;
   Fence do_record_fence(Stream) override;
   void do_wait(Fence) override;
+  void do_order_after(Stream, Fence) override {}
 
   void require_usable() const;
   bool is_run(FrameRun run) const noexcept;
@@ -175,7 +196,12 @@ HostBackend::HostBackend(const HostOptions& o, std::unique_ptr<MemoryGauge> gaug
       capacity_(o.capacity),
       largest_class_(o.largest_class),
       no_huge_pages_(why_no_huge_pages(o)),
-      traits_{"cpu", o.page_size, SizeClass(0), true},
+      traits_{.device = "cpu",
+              .kind = DeviceKind::cpu,
+              .ordinal = 0,
+              .page_size = o.page_size,
+              .preferred_class = SizeClass(0),
+              .zero_on_unmapped = true},
       state_(std::make_unique<State>(o, std::move(gauge))) {}
 
 HostBackend::~HostBackend() {

@@ -287,7 +287,7 @@ void Edit::map(Address at, std::span<const PageEntry> entries, Pages& done) {
       ++run.count;
       end += frame_pages;
     }
-    account_.add(Call::map, run.count);
+    store_.backend().count(account_, Call::map, run.count);
     store_.backend().map(at + page_size * i, run, Access::read_write);
     i = end;
     done = Pages(static_cast<std::uint32_t>(i));

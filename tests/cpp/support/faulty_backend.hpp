@@ -112,6 +112,8 @@ class FaultyBackend final : public Backend {
   MemoryInfo memory_info() const override { return real_->memory_info(); }
   HugePages huge_pages() const override { return real_->huge_pages(); }
   bool usable() const noexcept override { return real_->usable(); }
+  void finish() noexcept override { real_->finish(); }
+  std::unique_ptr<Mirror> make_mirror(Bytes size) override { return real_->make_mirror(size); }
   bool is_passed(Fence fence) const noexcept override {
     std::scoped_lock lock(mutex_);
     const auto it = fences_.find(fence.id);
@@ -211,6 +213,18 @@ class FaultyBackend final : public Backend {
     real_->wait(real);
     Lock lock(mutex_);
     fences_[fence.id].is_passed = true;
+  }
+
+  void do_order_after(Stream stream, Fence fence) override {
+    before(Call::order_after, Bytes(0), [&] {
+      if (fence.id != 0 && !fences_.contains(fence.id)) model_.violation("order: no such fence");
+    });
+    Fence real;
+    {
+      Lock lock(mutex_);
+      if (const auto it = fences_.find(fence.id); it != fences_.end()) real = it->second.real;
+    }
+    real_->order_after(stream, real);
   }
 
   Bytes size_of_run(FrameRun run) const { return size_of(run.pages(), traits().page_size); }
