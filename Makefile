@@ -6,6 +6,8 @@
 #   make bench NAME=... [ARGS=..] one benchmark; without NAME, what there is
 #   make lint | make format       clang-format, ruff, mypy: check | rewrite
 #   make sanitize                 C++ tests under ASan with UBSan, and under TSan
+#   make emulator                 builds the CUDA driver emulator and prints the folder to put first on
+#                                 LD_LIBRARY_PATH (no GPU result comes from it)
 #   make stubs                    python/kvspan/_native.pyi from the built extension
 #   make clean                    removes build/ and .venv
 SHELL := /bin/bash
@@ -30,11 +32,11 @@ INSTALL_SELF := $(PIP_INSTALL) --no-build-isolation
 BUILD_TOOLS := cmake ninja $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
 
 CPP_SOURCES := $(shell find vmm -name '*.cpp' -o -name '*.hpp' -o -name CMakeLists.txt)
-CPP_FILES := $(shell find vmm tests/cpp bench/cpp -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
+CPP_FILES := $(shell find vmm tests/cpp tests/emulator bench/cpp -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 PYTHON_FILES := $(wildcard python bench tools tests flash_compat)
 
-.PHONY: help demo test test-cpp test-python bench lint format sanitize sanitize-address \
-        sanitize-thread stubs build clean
+.PHONY: help demo test test-cpp test-python test-emulator bench lint format sanitize sanitize-address \
+        sanitize-thread emulator stubs build clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -82,20 +84,32 @@ demo: $(VENV)/.native $(VENV)/.extra-demo
 bench: $(VENV)/.native $(VENV)/.extra-test
 	@$(PY) bench/run.py $(or $(NAME),--list) $(ARGS)
 
+# Alone on the last line: the folder.
+emulator: $(VENV)/.tools
+	@cmake -S tests/emulator -B build/emulator -G Ninja --log-level=WARNING \
+	  -DKVSPAN_CUDA_INCLUDE="$(abspath $(CUDA_INCLUDE))" >&2
+	@cmake --build build/emulator >&2
+	@echo "$(CURDIR)/build/emulator/emulator"
+
 stubs: $(VENV)/.native $(VENV)/.extra-test
 	@$(PY) tools/stubs.py
+
+# NVIDIA's header, of the build requirement nvidia-cuda-runtime.
+CUDA_INCLUDE = $(dir $(lastword $(sort $(wildcard \
+  $(VENV)/lib/python*/site-packages/nvidia/*/include/cuda.h))))
 
 # ---- testing ----
 
 # $(call cpp_build,FOLDER,OPTIONS): configures and builds the C++ tests.
 define cpp_build
 cmake -S . -B $(1) -G Ninja --log-level=WARNING -DKVSPAN_PYTHON=OFF -DKVSPAN_TESTS=ON \
-  -DBOOST_HEADERS="$$($(PY) -c 'import boost_headers; print(boost_headers.get_include())')" $(2)
+  -DBOOST_HEADERS="$$($(PY) -c 'import boost_headers; print(boost_headers.get_include())')" \
+  -DKVSPAN_CUDA_INCLUDE="$(abspath $(CUDA_INCLUDE))" $(2)
 cmake --build $(1)
 endef
 CTEST := ctest --output-on-failure --no-tests=error
 
-test: test-cpp test-python
+test: test-cpp test-python test-emulator
 
 test-cpp: $(VENV)/.extra-test
 	@echo "== C++ tests"
@@ -105,6 +119,12 @@ test-cpp: $(VENV)/.extra-test
 test-python: $(VENV)/.native $(VENV)/.extra-test
 	@echo "== Python tests"
 	@$(PY) -m pytest $(ARGS)
+
+# The API on the driver emulator: device="cuda:0" without a GPU.
+test-emulator: emulator $(VENV)/.native $(VENV)/.extra-test
+	@echo "== Python tests on the CUDA driver emulator"
+	@LD_LIBRARY_PATH="$(CURDIR)/build/emulator/emulator:$${LD_LIBRARY_PATH:-}" \
+	  $(PY) -m pytest tests/emulator_api
 
 sanitize: sanitize-address sanitize-thread
 

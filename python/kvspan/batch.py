@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,8 @@ class Batch:
     """Rows of sequences; made by `KVCache.batch`.
 
     `lengths` and `slots` are int32 tensors at fixed addresses (``cache_seqlens`` and
-    ``cache_batch_idx`` of FlashAttention); they change in place.
+    ``cache_batch_idx`` of FlashAttention); they change in place. On a GPU they are updated on the
+    stream of the call that changes them, so captured graphs see them.
     """
 
     def __init__(
@@ -32,11 +33,11 @@ class Batch:
         self._make_tensors()
 
     def _make_tensors(self) -> None:
-        self._before = torch.from_dlpack(self._native.before_view())
-        self._lengths = torch.from_dlpack(self._native.lengths_view())
-        self._slots = torch.from_dlpack(self._native.slots_view())
+        self._before = self._cache._tensor(self._native.before_view())
+        self._lengths = self._cache._tensor(self._native.lengths_view())
+        self._slots = self._cache._tensor(self._native.slots_view())
 
-    def step(self, n_tokens: int = 1) -> torch.Tensor:
+    def step(self, n_tokens: int = 1, *, stream: Any = None) -> torch.Tensor:
         """Extend every row by `n_tokens` in one native call.
 
         Returns
@@ -50,13 +51,13 @@ class Batch:
         CapacityError, OutOfMemory, ReleasedError, BusyError
             As `Sequence.extend`; no row has grown then.
         """
-        self._native.step(tokens(n_tokens, "n_tokens"))
+        self._native.step(tokens(n_tokens, "n_tokens"), self._cache._stream(stream))
         return self._before
 
     @property
     def lengths(self) -> torch.Tensor:
         """int32 ``[rows]``: the lengths now, also if rows were extended by themselves."""
-        self._native.refresh()
+        self._native.refresh(self._cache._stream(None))
         return self._lengths
 
     @property
@@ -88,7 +89,7 @@ class Batch:
             )
         return tuple(plane[first : first + len(self)] for plane in self._cache.layer(index))
 
-    def select(self, rows: Items[int] | torch.Tensor) -> None:
+    def select(self, rows: Items[int] | torch.Tensor, *, stream: Any = None) -> None:
         """Make row i what row ``rows[i]`` was, by remapping pages: no KV history is copied.
 
         Rows permute, repeat (sharing whole pages, copying the partly filled last one) and drop
@@ -109,7 +110,7 @@ class Batch:
         wanted = [integer(row, "a row") for row in given]
         if any(not 0 <= row < len(self) for row in wanted):
             raise InvalidArgument(f"select takes rows 0 to {len(self) - 1}, not {wanted}")
-        self._native.select(wanted)
+        self._native.select(wanted, self._cache._stream(stream))
         known = {id(s._native): s for s in self._sequences}
         self._sequences = [
             # Not `or`: an empty sequence is false.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence as Items
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from kvspan import _native
 from kvspan._check import choice, integer, size_bytes, size_text, tokens
+from kvspan._stream import stream_handle
 from kvspan.batch import Batch
 from kvspan.errors import InvalidArgument, ReleasedError
 from kvspan.layers import LayerSpec
@@ -42,8 +44,8 @@ class KVCache:
         How far past a length pages stay mapped, for kernels that read in tiles. ``"auto"``: 0
         where unmapped parts read as zeros, else 128, FlashAttention's largest tile.
     unmapped
-        What a kernel reads where no page is: ``"zero"`` (zeros), or ``"fault"`` (a trap). Writing
-        there always traps.
+        What a kernel reads where no page is: ``"zero"`` (zeros; the default on a host), or
+        ``"fault"`` (a trap; all there is on a GPU). Writing there always traps.
     scrub
         ``"cross"``: pages that last held another cache's or dtype's bytes are zeroed. ``"reuse"``:
         also what another sequence of this cache left behind (tenants that must not see each other).
@@ -71,13 +73,14 @@ class KVCache:
         layers_per_page: int | str = "auto",
         split_planes: bool = False,
         overread_tokens: int | str = "auto",
-        unmapped: str = "zero",
+        unmapped: str | None = None,
         scrub: str = "cross",
         keep: int | str = "auto",
     ) -> None:
         if not isinstance(pool, Pool):
             raise InvalidArgument(f"pool must be a kvspan.Pool, not {type(pool).__name__}")
         specs = _layer_specs(n_layers, n_kv_heads, head_dim, dtype, layers)
+        default = "zero" if pool.device == "cpu" else "fault"
         self._native = _native.make_cache(
             pool._native,
             [spec.to_native() for spec in specs],
@@ -90,7 +93,7 @@ class KVCache:
             None
             if overread_tokens == "auto"
             else tokens(overread_tokens, _or_auto("overread_tokens")),
-            choice(unmapped, "unmapped", ("zero", "fault")) == "zero",
+            choice(unmapped or default, "unmapped", ("zero", "fault")) == "zero",
             choice(scrub, "scrub", ("cross", "reuse")) == "reuse",
             None if keep == "auto" else size_bytes(keep, _or_auto("keep")),
         )
@@ -136,7 +139,7 @@ class KVCache:
             if not 0 <= i < len(self.layers):
                 raise InvalidArgument(f"the layers are 0 to {len(self.layers) - 1}, not {i}")
             planes = tuple(
-                torch.from_dlpack(self._native.plane_view(i, p))
+                self._tensor(self._native.plane_view(i, p))
                 for p in range(len(self.layers[i].planes))
             )
             self._planes[i] = planes
@@ -156,22 +159,27 @@ class KVCache:
             )
         return self._native.plane_view(i, p)
 
-    def sequence(self, n_tokens: int = 0) -> Sequence:
+    def sequence(self, n_tokens: int = 0, *, stream: Any = None) -> Sequence:
         """Take a slot for a new, empty sequence.
 
         Parameters
         ----------
         n_tokens
             How long it is likely to get: the free slot whose pages fit best is taken. Only a hint.
+        stream
+            On a GPU: where the sequence is worked on. What is queued there from now on comes after
+            the work of the slot's last sequence. See `Sequence`.
 
         Raises
         ------
         CapacityError
             All slots are taken.
         """
-        return Sequence(self, self._native.sequence(tokens(n_tokens, "n_tokens")))
+        return Sequence(
+            self, self._native.sequence(tokens(n_tokens, "n_tokens"), self._stream(stream))
+        )
 
-    def batch(self, rows: int | Items[Sequence]) -> Batch:
+    def batch(self, rows: int | Items[Sequence], *, stream: Any = None) -> Batch:
         """Return a batch of the given sequences, or of so many new ones in adjacent slots.
 
         Raises
@@ -185,10 +193,17 @@ class KVCache:
             for row in rows:
                 if not isinstance(row, Sequence):
                     raise InvalidArgument(f"a batch is made of sequences, not {row!r}")
-            return Batch(self, self._native.batch([row._native for row in rows]), list(rows))
+            handles = [row._native for row in rows]
+            return Batch(self, self._native.batch(handles, self._stream(stream)), list(rows))
         n_rows = integer(rows, "rows, if not a list of sequences,", 1)
-        native = self._native.adjacent_batch(n_rows)
+        native = self._native.adjacent_batch(n_rows, self._stream(stream))
         return Batch(self, native, [Sequence(self, row) for row in native.rows])
+
+    def _stream(self, stream: Any) -> int:
+        return stream_handle(stream, self.pool.device)
+
+    def _tensor(self, view: _native.TensorView) -> torch.Tensor:
+        return torch.from_dlpack(view)
 
     def trim(self) -> int:
         """Unmap every page that holds no live token; return how many bytes that freed.

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import weakref
+from collections.abc import Sequence as Items
 from types import TracebackType
 
+import torch
+
 from kvspan import _native
-from kvspan._check import size_bytes, size_text
+from kvspan._check import integer, size_bytes, size_text
 from kvspan.errors import InvalidArgument, ReleasedError
 from kvspan.stats import PoolStats, call_counts
+
+# The share of the capacity that the background keeps created and unused.
+READY_ONE_IN = 16
 
 
 class Pool:
@@ -17,31 +25,45 @@ class Pool:
     Parameters
     ----------
     device
-        ``"cpu"``: frames are extents of an anonymous file (memfd).
+        ``"cpu"``: frames are extents of an anonymous file (memfd). ``"cuda:0"``: frames are
+        physical allocations of that GPU, by the driver's virtual memory management.
     capacity
         The most memory that the frames may take: bytes, or a string such as ``"4GiB"``. A multiple
         of the page size. Nothing is allocated before it is needed.
     page_size
-        A power of two from 64 KiB to 64 MiB. With 2 MiB and more, pages are huge where the kernel
-        allows it.
+        A power of two: from 64 KiB to 64 MiB on a host (from 2 MiB on, pages are huge where the
+        kernel allows it), a multiple of the driver's granularity (2 MiB) on a GPU.
     max_frame_size
         The largest frame: the page size times a power of two. The default is what the device likes
-        best, which on a host is one page, as mapping a run of frames is one call anyway.
+        best: one page on a host, as mapping a run of frames is one call anyway; up to 128 MiB on a
+        GPU, where every frame costs a call, whatever its size.
     preallocate
         Memory to create now, so that no request waits for it (see `preallocate`).
+    background
+        Whether a thread creates frames and maps pages before they are needed, so that decoding does
+        not call the driver. Default: on a GPU, not on a host.
+    ready
+        How much memory the background keeps created and unused. Default: a sixteenth of the
+        capacity, of which 64 single pages and two frames of each larger size are made at most.
     huge_pages
-        Whether to ask the kernel for huge pages. It may refuse; `stats` says so.
+        On a host: whether to ask the kernel for huge pages. It may refuse; `stats` says so.
     reserve
-        Memory of the machine to leave to others; by default 5%, and at least 256 MiB.
+        Memory of the device to leave to others. Default: 5% of a host's, and at least 256 MiB; on a
+        GPU 256 MiB.
+    peers
+        On a GPU: other devices (ordinals) that may read and write the memory.
+    shareable
+        On a GPU: whether frames may be exported to other processes.
 
     Raises
     ------
     InvalidArgument
-        A size that cannot be, or a capacity larger than the machine.
+        A size that cannot be, or a capacity larger than the machine; no such device.
     OutOfMemory
         ``preallocate`` asks for more than is free.
     CapacityError, DriverError
-        A limit of the machine (such as RLIMIT_FSIZE), or the kernel, refuses.
+        A limit of the machine (such as RLIMIT_FSIZE), or the kernel or the GPU's driver, refuses;
+        there is no driver, or it is too old.
 
     Notes
     -----
@@ -51,33 +73,50 @@ class Pool:
 
     def __init__(
         self,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         capacity: int | str = "1GiB",
         page_size: int | str = "2MiB",
         max_frame_size: int | str | None = None,
         preallocate: int | str = 0,
+        background: bool | None = None,
+        ready: int | str | None = None,
         huge_pages: bool = True,
         reserve: int | str | None = None,
+        peers: Items[int] = (),
+        shareable: bool = False,
     ) -> None:
-        if device != "cpu":
-            raise InvalidArgument(f'device must be "cpu" in this version, not {device!r}')
+        ordinal = _cuda_ordinal(device)
+        n_bytes = size_bytes(capacity, "capacity", 1)
+        page = size_bytes(page_size, "page_size", 1)
         # 0 stands for "the default" in the native call, so a given 0 is refused here.
         frame = 0 if max_frame_size is None else size_bytes(max_frame_size, "max_frame_size", 1)
         held_back = 0 if reserve is None else size_bytes(reserve, "reserve", 1)
+        kept_ready = n_bytes // READY_ONE_IN if ready is None else size_bytes(ready, "ready")
         ahead = size_bytes(preallocate, "preallocate")
         self._lock = threading.Lock()  # guards _store
-        self._store: _native.PoolHandle | None = _native.make_host_pool(
-            size_bytes(capacity, "capacity", 1),
-            size_bytes(page_size, "page_size", 1),
-            frame,
-            bool(huge_pages),
-            held_back,
-        )
+        self._store: _native.PoolHandle | None
+        if ordinal is None:
+            if peers or shareable:
+                raise InvalidArgument(
+                    'peers and shareable are for GPUs; leave them out with device="cpu"'
+                )
+            self._store = _native.make_host_pool(
+                n_bytes, page, frame, bool(huge_pages), held_back, kept_ready
+            )
+        else:
+            others = [integer(peer, "a peer", 0) for peer in peers]
+            self._store = _native.make_cuda_pool(
+                ordinal, n_bytes, page, frame, others, bool(shareable), held_back, kept_ready
+            )
         self.device: str = self._store.device
         self.page_size: int = self._store.page_size
         self.capacity: int = self._store.figures()["capacity_bytes"]
         if ahead:
             self.preallocate(ahead)
+        if background if background is not None else ordinal is not None:
+            self._store.start_background()
+            # At exit, too: the thread must be gone before the driver is.
+            weakref.finalize(self, self._store.stop_background)
 
     @property
     def _native(self) -> _native.PoolHandle:
@@ -112,6 +151,7 @@ class Pool:
             small_bytes=f["small_bytes"],
             huge_refusal=f["huge_refusal"],
             n_failures=f["n_failures"],
+            n_mappings=f["n_mappings"],
             calls=call_counts(f),
         )
 
@@ -140,3 +180,12 @@ class Pool:
             f"{size_text(s.free_bytes)} free, {size_text(s.fresh_bytes)} not created, "
             f"pages of {size_text(self.page_size)}>"
         )
+
+
+def _cuda_ordinal(device: str | torch.device) -> int | None:
+    """Return N of "cuda:N", or None for "cpu"."""
+    name = str(device) if isinstance(device, torch.device) else device
+    match = re.fullmatch(r"(cpu)|cuda(?::(\d{1,4}))?", name) if isinstance(name, str) else None
+    if match is None:
+        raise InvalidArgument(f'device must be "cpu", "cuda" or "cuda:N", not {device!r}')
+    return None if match[1] else int(match[2] or 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,14 +19,20 @@ class Sequence:
     """A growing run of tokens in one slot of a cache; made by `KVCache.sequence`.
 
     Every change happens whole or not at all. A sequence is one thread's at a time: a second thread
-    inside a call gets BusyError. Dropping the last reference releases it.
+    inside a call gets BusyError. Dropping the last reference releases it, after which its tensors
+    must not be written.
+
+    On a GPU every change takes effect on a stream: `stream` may be a ``torch.cuda.Stream``, an
+    object with ``__cuda_stream__``, a handle, or None for torch's current stream. Kernels queued
+    there before still see what was, kernels queued there later what is; nothing waits for the
+    device as a whole.
     """
 
     def __init__(self, cache: KVCache, native: _native.SequenceHandle) -> None:
         self._cache = cache
         self._native = native
 
-    def extend(self, n_tokens: int) -> None:
+    def extend(self, n_tokens: int, *, stream: Any = None) -> None:
         """Make `n_tokens` more positions, ``[length, length + n_tokens)``, readable and writable.
 
         What the new positions hold before they are written is not defined, but finite for float
@@ -43,13 +49,13 @@ class Sequence:
             was: release or truncate others and try again.
         ReleasedError, BusyError
         """
-        self._native.extend(tokens(n_tokens, "n_tokens"))
+        self._native.extend(tokens(n_tokens, "n_tokens"), self._cache._stream(stream))
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int, *, stream: Any = None) -> None:
         """Forget the tokens from position `length` on (0 <= length <= the present one)."""
-        self._native.truncate(tokens(length, "length"))
+        self._native.truncate(tokens(length, "length"), self._cache._stream(stream))
 
-    def drop_before(self, position: int) -> None:
+    def drop_before(self, position: int, *, stream: Any = None) -> None:
         """Give up positions before `position` in the layers that have a sliding window.
 
         Pages that lie whole before it are unmapped and read as zeros. Layers without a window are
@@ -60,9 +66,9 @@ class Sequence:
         InvalidArgument
             No layer has a window, or `position` is one that the next token still attends to.
         """
-        self._native.drop_before(tokens(position, "position"))
+        self._native.drop_before(tokens(position, "position"), self._cache._stream(stream))
 
-    def fork(self) -> Sequence:
+    def fork(self, *, stream: Any = None) -> Sequence:
         """Return a new sequence with the same tokens.
 
         Whole pages are shared; the partly filled last page is copied, so either may go on writing.
@@ -74,11 +80,15 @@ class Sequence:
         OutOfMemory
             There is no frame for the copied page. Nothing has changed.
         """
-        return Sequence(self._cache, self._native.fork())
+        return Sequence(self._cache, self._native.fork(self._cache._stream(stream)))
 
-    def release(self) -> None:
-        """Free the slot. Does nothing the second time."""
-        self._native.release()
+    def release(self, *, stream: Any = None) -> None:
+        """Free the slot. Does nothing the second time.
+
+        Work that is queued on `stream` may still read the pages: they serve others only when it is
+        done.
+        """
+        self._native.release(self._cache._stream(stream))
 
     @property
     def length(self) -> int:

@@ -31,7 +31,8 @@ class PoolStats:
     ``in_use`` frames are referenced by a cache; ``free`` ones were created and are unused;
     ``fresh`` is what the capacity still allows to create. The three add up to the capacity.
     ``huge`` and ``small`` say how the physical memory lies in pages of the machine, and
-    ``huge_refusal`` why the latest that is not huge is not.
+    ``huge_refusal`` why the latest that is not huge is not. ``n_mappings`` counts the frames that
+    are mapped, each as often as it is mapped: a CUDA context takes about half a million.
     """
 
     capacity_bytes: int
@@ -42,6 +43,7 @@ class PoolStats:
     small_bytes: int
     huge_refusal: str
     n_failures: int
+    n_mappings: int
     calls: Mapping[str, CallCount]
 
 
@@ -50,9 +52,12 @@ class CacheStats:
     """What a cache maps, in bytes as its page tables show it.
 
     ``mapped = used + partial + ahead + kept``: live token bytes; the unused rest of their pages;
-    pages mapped ahead for kernels that read past a length; pages kept mapped for the next sequence
-    (in free slots, and past the length after a truncate). ``shared`` bytes of ``mapped`` are second
-    mappings of frames that are counted already: the physical memory is ``mapped - shared``.
+    pages mapped ahead (by the background, and for kernels that read past a length); pages kept
+    mapped for the next sequence (in free slots, and past the length after a truncate). ``shared``
+    bytes of ``mapped`` are second mappings of frames that are counted already: the physical memory
+    is ``mapped - shared``.
+    ``n_grown_late`` counts the calls that had to map pages themselves, or waited for the background
+    to finish doing it.
     """
 
     reserved_bytes: int
@@ -64,6 +69,7 @@ class CacheStats:
     shared_bytes: int
     n_sequences: int
     n_slots: int
+    n_grown_late: int
     calls: Mapping[str, CallCount]
 
     @property

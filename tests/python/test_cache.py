@@ -178,7 +178,7 @@ def test_repr_says_what_is_there(cache: KVCache) -> None:
 def test_stats_count_calls_by_name(cache: KVCache) -> None:
     assert set(cache.stats().calls) == {
         *("reserve", "free", "create", "release", "map", "set_access", "unmap"),
-        *("copy", "fill", "record_fence", "wait_fence"),
+        *("copy", "fill", "record_fence", "wait_fence", "order_after"),
     }
     sequence = cache.sequence()
     sequence.extend(100)

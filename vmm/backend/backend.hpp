@@ -89,7 +89,8 @@ struct HugePages {
   std::string refusal;  // why the last frame that is not huge is not; empty when all are
 };
 
-// A small array that the host fills and kernels read, at an address that never changes.
+// A small array that the host fills and kernels read, at an address that never changes. It may
+// outlive its backend.
 class Mirror {
  public:
   Mirror() = default;
@@ -159,10 +160,12 @@ class Backend {
   // Holds back what is queued on the stream from now on until the fence has been passed; the
   // calling thread goes on.
   void order_after(Stream stream, Fence fence);
+  // A stream of the backend's own, for work that no caller orders.
+  virtual Stream own_stream() const noexcept { return {}; }
   // Blocks until the device has done all work of this process. For closing only.
   virtual void finish() noexcept = 0;
 
-  // A mirror of `size` bytes, zeroed. It must not outlive the backend. Throws OutOfMemory.
+  // A mirror of `size` bytes, zeroed. Throws OutOfMemory.
   virtual std::unique_ptr<Mirror> make_mirror(Bytes size) = 0;
 
   const CallCounters& calls() const noexcept { return calls_; }

@@ -74,6 +74,11 @@ void install_handlers() {
 
 std::uint64_t generation() noexcept { return current_generation.load(std::memory_order_relaxed); }
 
+std::uint64_t watch() {
+  install_handlers();
+  return generation();
+}
+
 void guard_range(void* base, std::size_t size) {
   install_handlers();
   Registry& r = registry();

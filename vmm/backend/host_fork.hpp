@@ -22,6 +22,9 @@ namespace kvspan::host_fork {
 // as when a backend was built, unless a fork lies in between.
 std::uint64_t generation() noexcept;
 
+// The generation, from now on counted: for backends that have no memory of the host's to guard.
+std::uint64_t watch();
+
 // From now until `forget_range`, children find [base, base + size) inaccessible. Call it after the
 // range is mapped, and forget it before it is unmapped: a range in the registry is never one that
 // another thread may have got from mmap meanwhile.

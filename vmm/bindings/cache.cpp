@@ -83,6 +83,7 @@ TensorView plane_view(const Cache& cache, std::size_t layer, std::size_t plane_i
       .owner = space,
       .data = space->lane_base(plane.lane) + plane.offset,
       .dtype = dlpack_of(plane.spec.dtype),
+      .device = dlpack_device(space->store().backend().traits()),
       .shape = {space->options().n_slots, space->options().max_seq_len.value, plane.spec.heads,
                 plane.spec.dim},
       .strides = {in_elements(space->slot_bytes(plane.lane)),
@@ -116,6 +117,7 @@ Figures figures(const Cache& cache) {
   d["shared_bytes"] = f.shared.value;
   d["n_sequences"] = f.n_sequences;
   d["n_slots"] = f.n_slots;
+  d["n_grown_late"] = f.n_grown_late;
   d["calls"] = calls_dict(cache.calls());
   return d;
 }
@@ -131,30 +133,46 @@ std::vector<PageTuple> page_map(const Cache& cache) {
   return result;
 }
 
-// An int32 array of a batch; `capacity` is its length, of which a tensor shows the first `n`.
-TensorView array_view(const Batch& batch, const std::vector<std::int32_t>& array) {
+// An int32 array of a batch, as far as the batch has rows now.
+TensorView array_view(const Batch& batch, BatchArrays::Which which) {
   return {.owner = batch.arrays(),
-          .data = Address(reinterpret_cast<std::uintptr_t>(array.data())),
+          .data = batch.arrays()->device(which),
           .dtype = {dlpack::kInt, 32, 1},
+          .device = dlpack_device(batch.arrays()->traits()),
           .shape = {static_cast<std::int64_t>(batch.size())},
           .strides = {1}};
 }
 
+// A stream as Python hands it over: the driver's handle.
+Stream to_stream(std::uintptr_t handle) { return {handle}; }
+
 void bind_sequence(py::module_& m) {
+  const auto stream = py::arg("stream") = 0;
   py::class_<Sequence, std::shared_ptr<Sequence>>(m, "SequenceHandle")
       .def(
-          "extend", [](Sequence& s, std::int64_t n) { s.extend(Tokens(n), {}); },
-          py::arg("n_tokens"), Release())
+          "extend",
+          [](Sequence& s, std::int64_t n, std::uintptr_t on) {
+            s.extend(Tokens(n), to_stream(on));
+          },
+          py::arg("n_tokens"), stream, Release())
       .def(
-          "truncate", [](Sequence& s, std::int64_t n) { s.truncate(Tokens(n), {}); },
-          py::arg("length"), Release())
+          "truncate",
+          [](Sequence& s, std::int64_t n, std::uintptr_t on) {
+            s.truncate(Tokens(n), to_stream(on));
+          },
+          py::arg("length"), stream, Release())
       .def(
-          "drop_before", [](Sequence& s, std::int64_t p) { s.drop_before(Tokens(p), {}); },
-          py::arg("position"), Release())
+          "drop_before",
+          [](Sequence& s, std::int64_t p, std::uintptr_t on) {
+            s.drop_before(Tokens(p), to_stream(on));
+          },
+          py::arg("position"), stream, Release())
       .def(
-          "fork", [](Sequence& s) { return s.fork({}); }, Release())
+          "fork", [](Sequence& s, std::uintptr_t on) { return s.fork(to_stream(on)); }, stream,
+          Release())
       .def(
-          "release", [](Sequence& s) { s.release({}); }, Release())
+          "release", [](Sequence& s, std::uintptr_t on) { s.release(to_stream(on)); }, stream,
+          Release())
       .def_property_readonly("length", [](const Sequence& s) { return s.length().value; })
       .def_property_readonly("dropped", [](const Sequence& s) { return s.dropped().value; })
       .def_property_readonly("slot", [](const Sequence& s) { return s.slot().value; })
@@ -162,14 +180,22 @@ void bind_sequence(py::module_& m) {
 }
 
 void bind_batch(py::module_& m) {
+  const auto stream = py::arg("stream") = 0;
+  using Which = BatchArrays::Which;
   py::class_<Batch, std::shared_ptr<Batch>>(m, "BatchHandle")
       .def(
-          "step", [](Batch& b, std::int64_t n) { b.step(Tokens(n), {}); }, py::arg("n_tokens"),
-          Release())
+          "step",
+          [](Batch& b, std::int64_t n, std::uintptr_t on) { b.step(Tokens(n), to_stream(on)); },
+          py::arg("n_tokens"), stream, Release())
       .def(
-          "select", [](Batch& b, const std::vector<std::int32_t>& rows) { b.select(rows, {}); },
-          py::arg("rows"), Release())
-      .def("refresh", &Batch::refresh, Release())
+          "select",
+          [](Batch& b, const std::vector<std::int32_t>& rows, std::uintptr_t on) {
+            b.select(rows, to_stream(on));
+          },
+          py::arg("rows"), stream, Release())
+      .def(
+          "refresh", [](Batch& b, std::uintptr_t on) { b.refresh(to_stream(on)); }, stream,
+          Release())
       .def_property_readonly("size", &Batch::size)
       .def_property_readonly("rows", &Batch::rows)
       .def_property_readonly("first_slot",
@@ -177,9 +203,9 @@ void bind_batch(py::module_& m) {
                                if (!b.lease()) return std::nullopt;
                                return b.lease()->first.value;
                              })
-      .def("before_view", [](const Batch& b) { return array_view(b, b.arrays()->before); })
-      .def("lengths_view", [](const Batch& b) { return array_view(b, b.arrays()->lengths); })
-      .def("slots_view", [](const Batch& b) { return array_view(b, b.arrays()->slots); });
+      .def("before_view", [](const Batch& b) { return array_view(b, Which::before); })
+      .def("lengths_view", [](const Batch& b) { return array_view(b, Which::lengths); })
+      .def("slots_view", [](const Batch& b) { return array_view(b, Which::slots); });
 }
 
 }  // namespace
@@ -187,12 +213,26 @@ void bind_batch(py::module_& m) {
 void bind_cache(py::module_& m) {
   bind_sequence(m);
   bind_batch(m);
+  const auto stream = py::arg("stream") = 0;
   py::class_<Cache, std::shared_ptr<Cache>>(m, "CacheHandle")
       .def(
-          "sequence", [](Cache& c, std::int64_t n) { return c.sequence(Tokens(n)); },
-          py::arg("n_tokens"), Release())
-      .def("batch", &Cache::batch, py::arg("sequences"), Release())
-      .def("adjacent_batch", &Cache::adjacent_batch, py::arg("n"), Release())
+          "sequence",
+          [](Cache& c, std::int64_t n, std::uintptr_t on) {
+            return c.sequence(Tokens(n), to_stream(on));
+          },
+          py::arg("n_tokens"), stream, Release())
+      .def(
+          "batch",
+          [](Cache& c, std::vector<std::shared_ptr<Sequence>> sequences, std::uintptr_t on) {
+            return c.batch(std::move(sequences), to_stream(on));
+          },
+          py::arg("sequences"), stream, Release())
+      .def(
+          "adjacent_batch",
+          [](Cache& c, std::int32_t n, std::uintptr_t on) {
+            return c.adjacent_batch(n, to_stream(on));
+          },
+          py::arg("n"), stream, Release())
       .def(
           "trim", [](Cache& c) { return c.trim().value; }, Release())
       .def("close", &Cache::close, Release())

@@ -8,7 +8,7 @@
 namespace kvspan::dlpack {
 
 struct Device {
-  std::int32_t type;  // 1: CPU, 2: CUDA
+  std::int32_t type;
   std::int32_t id;
 };
 
@@ -19,6 +19,7 @@ struct DataType {
 };
 
 inline constexpr std::int32_t kCpu = 1;
+inline constexpr std::int32_t kCuda = 2;
 inline constexpr std::uint8_t kInt = 0;
 inline constexpr std::uint8_t kFloat = 2;
 inline constexpr std::uint8_t kBfloat = 4;

@@ -3,6 +3,7 @@
 #include <bit>
 #include <string>
 
+#include "backend/cuda_backend.hpp"
 #include "backend/host_backend.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/figures.hpp"
@@ -39,7 +40,7 @@ SizeClass class_of(std::uint64_t frame_size, std::uint64_t page_size) {
 
 std::shared_ptr<FrameStore> make_host_pool(std::uint64_t capacity, std::uint64_t page_size,
                                            std::uint64_t max_frame_size, bool huge_pages,
-                                           std::uint64_t reserve) {
+                                           std::uint64_t reserve, std::uint64_t ready) {
   // Without a wish, as large as the backend has use for; on the host that is one page.
   const SizeClass largest =
       max_frame_size == 0 ? SizeClass(0) : class_of(max_frame_size, page_size);
@@ -48,7 +49,37 @@ std::shared_ptr<FrameStore> make_host_pool(std::uint64_t capacity, std::uint64_t
                                                          .largest_class = largest,
                                                          .huge_pages = huge_pages,
                                                          .reserve = Bytes(reserve)}),
-                                      Bytes(capacity), largest);
+                                      Bytes(capacity), largest, Bytes(ready));
+}
+
+// Without a wish: 128 MiB, but no more than an eighth of the capacity, for frames of a class that
+// has no use are of no use to the others.
+SizeClass largest_cuda_class(std::uint64_t capacity, std::uint64_t page_size) {
+  constexpr std::uint64_t kUsual = 128ull << 20;
+  SizeClass c{};
+  while (c.value < FrameId::kMaxClass) {
+    const std::uint64_t next = page_size << (c.value + 1);
+    if (next > kUsual || next > capacity / 8) break;
+    ++c.value;
+  }
+  return c;
+}
+
+std::shared_ptr<FrameStore> make_cuda_pool(int ordinal, std::uint64_t capacity,
+                                           std::uint64_t page_size, std::uint64_t max_frame_size,
+                                           std::vector<int> peers, bool shareable,
+                                           std::uint64_t reserve, std::uint64_t ready) {
+  const SizeClass largest = max_frame_size == 0 ? largest_cuda_class(capacity, page_size)
+                                                : class_of(max_frame_size, page_size);
+  CudaOptions options{.ordinal = ordinal,
+                      .page_size = Bytes(page_size),
+                      .capacity = Bytes(capacity),
+                      .largest_class = largest,
+                      .peers = std::move(peers),
+                      .is_shareable = shareable};
+  if (reserve != 0) options.reserve = Bytes(reserve);
+  return std::make_shared<FrameStore>(make_cuda_backend(options), Bytes(capacity), largest,
+                                      Bytes(ready));
 }
 
 void check_usable(const FrameStore& store) {
@@ -70,6 +101,7 @@ Figures figures(FrameStore& store) {
   d["small_bytes"] = huge.small.value;
   d["huge_refusal"] = huge.refusal;
   d["n_failures"] = store.backend().failure_count();
+  d["n_mappings"] = store.backend().mappings();
   d["calls"] = calls_dict(store.backend().calls());
   return d;
 }
@@ -91,6 +123,16 @@ void bind_pool(py::module_& m) {
           },
           py::arg("size"), Release())
       .def(
+          "start_background", [](FrameStore& s) { s.background().start(); }, Release())
+      .def(
+          "stop_background",
+          [](FrameStore& s) {
+            if (s.backend().usable()) s.background().stop();
+          },
+          Release())
+      .def(
+          "work_ahead", [](FrameStore& s) { return s.background().turn().n_frames; }, Release())
+      .def(
           "trim",
           [](FrameStore& s) {
             check_usable(s);
@@ -98,7 +140,11 @@ void bind_pool(py::module_& m) {
           },
           Release());
   m.def("make_host_pool", &make_host_pool, py::arg("capacity"), py::arg("page_size"),
-        py::arg("max_frame_size"), py::arg("huge_pages"), py::arg("reserve"), Release());
+        py::arg("max_frame_size"), py::arg("huge_pages"), py::arg("reserve"), py::arg("ready"),
+        Release());
+  m.def("make_cuda_pool", &make_cuda_pool, py::arg("ordinal"), py::arg("capacity"),
+        py::arg("page_size"), py::arg("max_frame_size"), py::arg("peers"), py::arg("shareable"),
+        py::arg("reserve"), py::arg("ready"), Release());
 }
 
 }  // namespace kvspan

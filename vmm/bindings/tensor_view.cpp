@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <string>
 #include <utility>
 
 #include "bindings/bindings.hpp"
@@ -33,7 +34,7 @@ struct Export {
     managed.context = this;
     managed.deleter = [](Managed* self) { delete static_cast<Export*>(self->context); };
     managed.tensor = {.data = reinterpret_cast<void*>(view.data.value),
-                      .device = {dlpack::kCpu, 0},
+                      .device = view.device,
                       .ndim = static_cast<std::int32_t>(view.shape.size()),
                       .dtype = view.dtype,
                       .shape = view.shape.data(),
@@ -66,12 +67,31 @@ py::object make_capsule(const TensorView& view) {
 
 using Pair = std::pair<int, int>;
 
+// The consumer's stream (None, -1, or a handle; 0 is ambiguous and forbidden by the standard).
+// There is nothing to hand over: what fills this memory are the caller's own kernels, and what
+// kvspan itself queues is ordered on the stream that the caller gave to the call that queued it.
+void check_stream(const TensorView& view, const py::object& stream) {
+  if (stream.is_none()) return;
+  if (view.device.type == dlpack::kCpu) {
+    throw py::buffer_error("a CPU tensor has no stream; pass stream=None");
+  }
+  const auto handle = py::cast<std::int64_t>(stream);
+  if (handle < -1 || handle == 0) {
+    throw py::buffer_error(
+        "stream must be None, -1, 1 (the legacy default stream), 2 (the "
+        "per-thread one) or a stream's handle, not " +
+        std::to_string(handle));
+  }
+}
+
 py::object to_dlpack(const TensorView& view, const py::object& stream,
                      const std::optional<Pair>& max_version, const std::optional<Pair>& dl_device,
                      const std::optional<bool>& copy) {
-  if (!stream.is_none()) throw py::buffer_error("a CPU tensor has no stream; pass stream=None");
-  if (dl_device && *dl_device != Pair(dlpack::kCpu, 0)) {
-    throw py::buffer_error("this tensor is on the CPU and is not copied to another device here");
+  check_stream(view, stream);
+  if (dl_device && *dl_device != Pair(view.device.type, view.device.id)) {
+    throw py::buffer_error(
+        "this tensor is a view of its device's memory and is not copied to "
+        "another device here");
   }
   if (copy.value_or(false)) throw py::buffer_error("views are not copied here; copy the result");
   if (max_version && max_version->first >= 1) {
@@ -82,13 +102,19 @@ py::object to_dlpack(const TensorView& view, const py::object& stream,
 
 }  // namespace
 
+dlpack::Device dlpack_device(const Traits& traits) {
+  return {traits.kind == DeviceKind::cuda ? dlpack::kCuda : dlpack::kCpu, traits.ordinal};
+}
+
 void bind_tensor_view(py::module_& m) {
   py::class_<TensorView>(m, "TensorView",
                          "Memory on its way into a tensor, by the DLPack protocol.")
       .def("__dlpack__", &to_dlpack, py::kw_only(), py::arg("stream") = py::none(),
            py::arg("max_version") = py::none(), py::arg("dl_device") = py::none(),
            py::arg("copy") = py::none())
-      .def("__dlpack_device__", [](const TensorView&) { return Pair(dlpack::kCpu, 0); });
+      .def("__dlpack_device__",
+           [](const TensorView& view) { return Pair(view.device.type, view.device.id); })
+      .def_property_readonly("address", [](const TensorView& view) { return view.data.value; });
 }
 
 }  // namespace kvspan

@@ -7,15 +7,19 @@
 #include <memory>
 #include <vector>
 
+#include "backend/backend.hpp"
 #include "bindings/dlpack.hpp"
 #include "core/ids.hpp"
 
 namespace kvspan {
 
+dlpack::Device dlpack_device(const Traits& traits);
+
 struct TensorView {
   std::shared_ptr<const void> owner;
   Address data;
   dlpack::DataType dtype;
+  dlpack::Device device;
   std::vector<std::int64_t> shape;
   std::vector<std::int64_t> strides;  // in elements
 };

@@ -6,6 +6,8 @@
 
 namespace kvspan {
 
+using Which = BatchArrays::Which;
+
 // Claims on all rows, or none.
 class Batch::Claims {
  public:
@@ -35,12 +37,27 @@ class Batch::Claims {
   std::size_t claimed_ = 0;
 };
 
+BatchArrays::BatchArrays(Backend& backend, std::size_t n_rows)
+    : traits_(backend.traits()),
+      n_rows_(n_rows),
+      mirror_(backend.make_mirror(Bytes(3 * n_rows * sizeof(std::int32_t)))) {}
+
+std::span<std::int32_t> BatchArrays::host(Which which) noexcept {
+  return {static_cast<std::int32_t*>(mirror_->host()) + static_cast<std::size_t>(which) * n_rows_,
+          n_rows_};
+}
+
+Address BatchArrays::device(Which which) const noexcept {
+  return mirror_->device() +
+         Bytes(static_cast<std::size_t>(which) * n_rows_ * sizeof(std::int32_t));
+}
+
 Batch::Batch(std::shared_ptr<Cache> cache, std::vector<std::shared_ptr<Sequence>> rows,
-             std::optional<SlotLease> lease)
+             Stream stream, std::optional<SlotLease> lease)
     : cache_(std::move(cache)),
       rows_(std::move(rows)),
       lease_(lease),
-      arrays_(std::make_shared<BatchArrays>(rows_.size())) {
+      arrays_(std::make_shared<BatchArrays>(cache_->store_->backend(), rows_.size())) {
   if (rows_.empty()) throw InvalidArgument("a batch has at least one row");
   for (const auto& row : rows_) {
     if (row->cache() != cache_) {
@@ -59,7 +76,7 @@ Batch::Batch(std::shared_ptr<Cache> cache, std::vector<std::shared_ptr<Sequence>
                           " is a sequence that was released; leave it out");
     }
   }
-  refresh();
+  refresh(stream);
 }
 
 Batch::~Batch() {
@@ -81,7 +98,7 @@ void Batch::step(Tokens n, Stream stream) {
   bool has_room = true;
   for (const SequenceState* state : states_) {
     const std::int64_t grown = state->length.load(std::memory_order_relaxed) + n.value;
-    has_room = has_room && grown <= state->capacity.load(std::memory_order_relaxed);
+    has_room = has_room && grown <= state->capacity.load(std::memory_order_acquire);
   }
   if (!has_room) {
     const Tokens longest = cache_->space_->options().max_seq_len;
@@ -95,21 +112,35 @@ void Batch::step(Tokens n, Stream stream) {
     cache_->grow(states_, n, stream);
   }
   const auto grow_by = static_cast<std::int32_t>(n.value);
+  const auto before = arrays_->host(Which::before);
+  const auto lengths = arrays_->host(Which::lengths);
   for (std::size_t i = 0; i < states_.size(); ++i) {
-    const std::int32_t length = states_[i]->length.load(std::memory_order_relaxed);
-    arrays_->before[i] = length;
-    arrays_->lengths[i] = length + grow_by;
-    states_[i]->length.store(length + grow_by, std::memory_order_relaxed);
+    cache_->follow(*states_[i], stream);
+    before[i] = states_[i]->length.load(std::memory_order_relaxed);
+    lengths[i] = before[i] + grow_by;
+  }
+  arrays_->publish(stream);
+  for (std::size_t i = 0; i < states_.size(); ++i) {
+    states_[i]->length.store(lengths[i], std::memory_order_relaxed);
   }
 }
 
-void Batch::refresh() {
+void Batch::refresh(Stream stream) {
   cache_->check_usable();
-  const std::scoped_lock lock(cache_->mutex_);
-  for (std::size_t i = 0; i < states_.size(); ++i) {
-    arrays_->lengths[i] = states_[i]->length.load(std::memory_order_relaxed);
-    arrays_->slots[i] = states_[i]->slot.value;
+  const auto lengths = arrays_->host(Which::lengths);
+  const auto slots = arrays_->host(Which::slots);
+  bool is_changed = false;
+  {
+    const std::scoped_lock lock(cache_->mutex_);
+    for (std::size_t i = 0; i < states_.size(); ++i) {
+      const std::int32_t length = states_[i]->length.load(std::memory_order_relaxed);
+      const std::int32_t slot = states_[i]->slot.value;
+      is_changed = is_changed || lengths[i] != length || slots[i] != slot;
+      lengths[i] = length;
+      slots[i] = slot;
+    }
   }
+  if (is_changed) arrays_->publish(stream);
 }
 
 void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
@@ -143,6 +174,8 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
   }
   const auto old_rows = rows_;  // whose states outlive the claims
   const Claims claims(claimed);
+  std::vector<std::unique_lock<TableLock>> tables;
+  for (SequenceState* state : claimed) tables.emplace_back(state->table);
 
   // Remapping changes what is under addresses that kernels know: their work has to be done.
   Backend& backend = cache.store_->backend();
@@ -210,6 +243,7 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
       SequenceState& state = *selected_states[i];
       const SequenceState& source = *states_[static_cast<std::size_t>(rows[i])];
       state.slot = slot_of(i);
+      state.stream = stream;
       state.length.store(source.length.load(std::memory_order_relaxed), std::memory_order_relaxed);
       state.dropped.store(source.dropped.load(std::memory_order_relaxed),
                           std::memory_order_relaxed);
@@ -230,9 +264,10 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
     const bool is_used = selected_states[i]->claim.load(std::memory_order_relaxed) == Claim::used;
     if (is_new && is_used) selected_states[i]->unclaim();
   }
+  tables.clear();  // before the rows that go are gone
   rows_ = std::move(selected);
   states_ = std::move(selected_states);
-  refresh();
+  refresh(stream);
 }
 
 }  // namespace kvspan

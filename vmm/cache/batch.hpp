@@ -1,9 +1,10 @@
 // A batch: rows of sequences that decode together. `step` gives every row one more token in one
 // call that, as long as nobody crosses into an unmapped page, is a few integer operations a row.
 //
-// Lengths and slots live in int32 arrays at fixed addresses, for tensors and captured graphs. In a
-// batch of adjacent slots row i is slot first + i, so kernels that want their rows side by side get
-// a view; `select` permutes, repeats and drops rows by remapping pages.
+// Lengths and slots live in int32 arrays on the device, at fixed addresses, for tensors and
+// captured graphs; on a GPU they are brought up to date on the stream of the call that changes
+// them. In a batch of adjacent slots row i is slot first + i, so kernels that want their rows side
+// by side get a view; `select` permutes, repeats and drops rows by remapping pages.
 //
 // Threads: a batch is one thread's at a time, like the sequences in it.
 #pragma once
@@ -25,18 +26,32 @@ struct SlotLease {
   std::int32_t count;
 };
 
-// What the tensors of a batch show; they share its ownership.
-struct BatchArrays {
-  explicit BatchArrays(std::size_t n) : before(n), lengths(n), slots(n) {}
-  std::vector<std::int32_t> before;   // lengths before the last step
-  std::vector<std::int32_t> lengths;  // lengths now
-  std::vector<std::int32_t> slots;
+// What the tensors of a batch show; they share its ownership. Three arrays of as many rows in one
+// mirror.
+class BatchArrays {
+ public:
+  BatchArrays(Backend& backend, std::size_t n_rows);
+
+  enum class Which : std::uint8_t {
+    before,   // lengths before the last step
+    lengths,  // lengths now
+    slots,
+  };
+  std::span<std::int32_t> host(Which which) noexcept;
+  Address device(Which which) const noexcept;
+  const Traits& traits() const noexcept { return traits_; }
+  void publish(Stream stream) { mirror_->publish(stream); }
+
+ private:
+  const Traits traits_;
+  const std::size_t n_rows_;
+  const std::unique_ptr<Mirror> mirror_;
 };
 
 class Batch {
  public:
   // Throws InvalidArgument when a sequence is repeated or of another cache.
-  Batch(std::shared_ptr<Cache> cache, std::vector<std::shared_ptr<Sequence>> rows,
+  Batch(std::shared_ptr<Cache> cache, std::vector<std::shared_ptr<Sequence>> rows, Stream stream,
         std::optional<SlotLease> lease = std::nullopt);
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
@@ -50,7 +65,7 @@ class Batch {
   void select(std::span<const std::int32_t> rows, Stream stream);
 
   // Brings `lengths` and `slots` up to date with what was done to the sequences by themselves.
-  void refresh();
+  void refresh(Stream stream);
 
   std::size_t size() const { return rows_.size(); }
   const std::vector<std::shared_ptr<Sequence>>& rows() const { return rows_; }
@@ -65,7 +80,7 @@ class Batch {
   std::vector<std::shared_ptr<Sequence>> rows_;
   std::vector<SequenceState*> states_;  // of rows_, for the fast path
   const std::optional<SlotLease> lease_;
-  const std::shared_ptr<BatchArrays> arrays_;
+  const std::shared_ptr<BatchArrays> arrays_;  // of as many rows as the batch was made with
 };
 
 }  // namespace kvspan

@@ -1,6 +1,7 @@
 #include "cache/cache.hpp"
 
 #include <algorithm>
+#include <mutex>
 #include <thread>
 
 #include "cache/batch.hpp"
@@ -35,6 +36,7 @@ SpaceOptions space_options(const CacheOptions& options) {
 std::shared_ptr<Cache> Cache::make(std::shared_ptr<FrameStore> store, const CacheOptions& options) {
   std::shared_ptr<Cache> cache(new Cache(std::move(store), options));
   cache->store_->add(cache.get());
+  cache->store_->background().add(cache.get());
   return cache;
 }
 
@@ -49,7 +51,9 @@ Cache::Cache(std::shared_ptr<FrameStore> store, const CacheOptions& options)
 
 Cache::~Cache() {
   // In a child of fork(2) the store's lock may be held by a thread that does not exist here.
-  if (store_->backend().usable()) store_->remove(this);
+  if (!store_->backend().usable()) return;
+  store_->background().remove(this);
+  store_->remove(this);
 }
 
 void Cache::check_usable() const {
@@ -60,7 +64,7 @@ void Cache::check_usable() const {
   }
 }
 
-std::shared_ptr<Sequence> Cache::sequence(Tokens expected) {
+std::shared_ptr<Sequence> Cache::sequence(Tokens expected, Stream stream) {
   check_usable();
   if (expected < Tokens(0)) {
     throw InvalidArgument("the expected number of tokens must be 0 or more, not " +
@@ -72,16 +76,18 @@ std::shared_ptr<Sequence> Cache::sequence(Tokens expected) {
     check_open();
     state = occupy(best_free_slot(expected));
   }
-  prepare(*state);
+  prepare(*state, stream);
+  store_->background().wake();
   return std::make_shared<Sequence>(shared_from_this(), std::move(state));
 }
 
-std::shared_ptr<Batch> Cache::batch(std::vector<std::shared_ptr<Sequence>> sequences) {
+std::shared_ptr<Batch> Cache::batch(std::vector<std::shared_ptr<Sequence>> sequences,
+                                    Stream stream) {
   check_usable();
-  return std::make_shared<Batch>(shared_from_this(), std::move(sequences));
+  return std::make_shared<Batch>(shared_from_this(), std::move(sequences), stream);
 }
 
-std::shared_ptr<Batch> Cache::adjacent_batch(std::int32_t n) {
+std::shared_ptr<Batch> Cache::adjacent_batch(std::int32_t n, Stream stream) {
   check_usable();
   if (n < 1) {
     throw InvalidArgument("a batch has at least one row, not " + std::to_string(n));
@@ -101,11 +107,18 @@ std::shared_ptr<Batch> Cache::adjacent_batch(std::int32_t n) {
   const SlotId first = sequences.front()->state()->slot;
   std::size_t prepared = 0;
   try {
-    for (; prepared < sequences.size(); ++prepared) prepare(*sequences[prepared]->state());
-    return std::make_shared<Batch>(shared_from_this(), std::move(sequences), SlotLease{first, n});
+    for (; prepared < sequences.size(); ++prepared) {
+      prepare(*sequences[prepared]->state(), stream);
+    }
+    store_->background().wake();
+    return std::make_shared<Batch>(shared_from_this(), std::move(sequences), stream,
+                                   SlotLease{first, n});
   } catch (...) {
     // The one that failed has left its slot; the others do when their handles go.
-    for (std::size_t i = prepared + 1; i < sequences.size(); ++i) sequences[i]->state()->unclaim();
+    for (std::size_t i = prepared + 1; i < sequences.size(); ++i) {
+      sequences[i]->state()->table.unlock();
+      sequences[i]->state()->unclaim();
+    }
     const std::scoped_lock lock(mutex_);
     for (std::int32_t i = 0; i < n; ++i) slot(SlotId(first.value + i)).is_leased = false;
     throw;
@@ -141,6 +154,7 @@ void Cache::close() {
       std::this_thread::yield();
     }
   }
+  store_->background().remove(this);
   store_->remove(this);
   std::shared_ptr<Space> last;  // freed after the lock, unless a tensor still shows it
   const std::scoped_lock lock(mutex_);
@@ -158,7 +172,7 @@ CacheFigures Cache::figures() const {
   f.n_slots = static_cast<std::int32_t>(slots_.size());
   f.mapped = page_size * static_cast<std::uint64_t>(mapped_pages_.load(std::memory_order_relaxed));
   f.shared = page_size * static_cast<std::uint64_t>(shared_pages_.load(std::memory_order_relaxed));
-  Bytes needed{};
+  Bytes planned{};
   for (const Slot& s : slots_) {
     if (!s.live) continue;
     ++f.n_sequences;
@@ -171,14 +185,17 @@ CacheFigures Cache::figures() const {
       f.used += l.payload_bytes * static_cast<std::uint64_t>(live.value);
       for_length += size_of(space_->pages_for(lane, length), page_size);
     }
-    const Bytes with_overread = size_of(needed_pages(*s.live), page_size);
+    // What is counted as mapped ahead is there: pages only go under the mutex.
+    const Bytes with_ahead = size_of(
+        std::max(needed_pages(*s.live), std::min(planned_pages(*s.live), s.backed)), page_size);
     const Bytes gone =
         size_of(Pages(s.live->dropped_pages.load(std::memory_order_relaxed)), page_size);
-    needed += with_overread;
-    f.ahead += with_overread + gone - for_length;
+    planned += with_ahead;
+    f.ahead += with_ahead + gone - for_length;
   }
-  f.partial = needed - f.ahead - f.used;
-  f.kept = f.mapped - needed;
+  f.partial = planned - f.ahead - f.used;
+  f.kept = f.mapped - planned;
+  f.n_grown_late = n_grown_late_.load(std::memory_order_relaxed);
   return f;
 }
 
@@ -216,7 +233,10 @@ std::vector<MappedPage> Cache::page_map() const {
       std::this_thread::yield();
     }
     if (state->claim.load(std::memory_order_relaxed) != Claim::reclaimed) continue;
-    add(*space, state->slot);
+    {
+      const std::scoped_lock table(state->table);
+      add(*space, state->slot);
+    }
     state->unclaim();
   }
   std::ranges::sort(pages, {}, [](const MappedPage& p) {
@@ -250,9 +270,12 @@ Pages Cache::reclaim(Pages wanted, bool wait) noexcept {
     SequenceState* const state = slots_[i].live.get();
     if (state == nullptr || slots_[i].backed <= needed_pages(*state)) continue;
     if ((!wait && !is_settled(id)) || !state->try_claim(Claim::reclaimed)) continue;
-    total += drop_tail(id, state->tokens());
-    update_capacity(*state);
-    state->is_lost = space_->is_broken(id);
+    if (const std::unique_lock table(state->table, std::try_to_lock); table) {
+      total += drop_tail(id, state->tokens());
+      update_capacity(*state);
+      note_ahead(*state);
+      state->is_lost = space_->is_broken(id);
+    }
     state->unclaim(state->is_lost ? Claim::lost : Claim::idle);
   }
   return total;
@@ -260,7 +283,13 @@ Pages Cache::reclaim(Pages wanted, bool wait) noexcept {
 
 Pages Cache::reclaimable() const noexcept {
   const std::scoped_lock lock(mutex_);
-  return is_closed_ ? Pages(0) : kept_pages();
+  if (is_closed_) return Pages(0);
+  Pages pages{};
+  for (const Slot& s : slots_) {
+    const Pages needed = s.live ? needed_pages(*s.live) : Pages(0);
+    if (!s.is_retired && s.backed > needed) pages += s.backed - needed;
+  }
+  return pages;
 }
 
 }  // namespace kvspan

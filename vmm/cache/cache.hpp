@@ -23,6 +23,7 @@
 #include "cache/layout.hpp"
 #include "cache/sequence_state.hpp"
 #include "cache/space.hpp"
+#include "span/background.hpp"
 #include "span/frame_store.hpp"
 
 namespace kvspan {
@@ -47,6 +48,7 @@ struct CacheOptions {
 // `shared` are second mappings of frames that are counted already.
 struct CacheFigures {
   Bytes reserved, mapped, used, partial, ahead, kept, shared;
+  std::uint64_t n_grown_late = 0;  // calls that had to map pages themselves, or wait for the mapper
   std::int32_t n_sequences = 0, n_slots = 0;
 };
 
@@ -59,17 +61,19 @@ struct MappedPage {
   std::uint32_t references;
 };
 
-class Cache final : public Reclaimer, public std::enable_shared_from_this<Cache> {
+class Cache final : public Reclaimer, public Worker, public std::enable_shared_from_this<Cache> {
  public:
   static std::shared_ptr<Cache> make(std::shared_ptr<FrameStore> store,
                                      const CacheOptions& options);
   ~Cache();
 
   // A new empty sequence in the free slot whose pages fit `expected` tokens best.
-  std::shared_ptr<Sequence> sequence(Tokens expected);
-  std::shared_ptr<Batch> batch(std::vector<std::shared_ptr<Sequence>> sequences);
+  // What is queued on `stream` comes after the work that may still use that slot.
+  std::shared_ptr<Sequence> sequence(Tokens expected, Stream stream = {});
+  std::shared_ptr<Batch> batch(std::vector<std::shared_ptr<Sequence>> sequences,
+                               Stream stream = {});
   // `n` new sequences in adjacent slots.
-  std::shared_ptr<Batch> adjacent_batch(std::int32_t n);
+  std::shared_ptr<Batch> adjacent_batch(std::int32_t n, Stream stream = {});
 
   // Unmaps every page that no live token needs. Returns the bytes that nobody references any more.
   Bytes trim();
@@ -84,6 +88,9 @@ class Cache final : public Reclaimer, public std::enable_shared_from_this<Cache>
 
   Pages reclaim(Pages wanted, bool wait) noexcept override;
   Pages reclaimable() const noexcept override;
+
+  // Maps the next pages of sequences that will need them soon (mapper.cpp).
+  WorkDone work_ahead() noexcept override;
 
  private:
   friend class Sequence;
@@ -112,10 +119,12 @@ class Cache final : public Reclaimer, public std::enable_shared_from_this<Cache>
   SlotId adjacent_free_slots(std::int32_t n) const;
   [[noreturn]] void throw_no_slot(std::int32_t n) const;
   std::shared_ptr<SequenceState> occupy(SlotId id);
-  void prepare(SequenceState& state);                       // not under mutex_
+  void prepare(SequenceState& state, Stream stream);        // not under mutex_
   void vacate(SequenceState& state, Fence fence) noexcept;  // takes mutex_
   bool is_settled(SlotId id) const;
   void settle(SlotId id);
+  Fence fence_behind(SlotId id, Stream stream);  // and behind what the slot waits for already
+  void follow(SequenceState& state, Stream stream);
   void update_mapped(SlotId id);
   Pages kept_pages() const;
   Pages keep_limit() const;
@@ -123,15 +132,21 @@ class Cache final : public Reclaimer, public std::enable_shared_from_this<Cache>
   Pages drop_tail(SlotId id, Tokens keep) noexcept;
   Tokens tokens_in(Pages pages) const;
   Pages needed_pages(const SequenceState& state) const;
+  Pages planned_pages(const SequenceState& state) const;  // those, and what was mapped ahead
+  Pages pages_at(const SequenceState& state, Tokens length) const;
+  void note_ahead(SequenceState& state);
 
   // Growing and shrinking (growth.cpp). All under the claims of the sequences.
   void extend(SequenceState& state, Tokens n, Stream stream);
   void truncate(SequenceState& state, Tokens n, Stream stream);
   void drop_before(SequenceState& state, Tokens position, Stream stream);
-  std::shared_ptr<Sequence> fork(const SequenceState& parent, Stream stream);
+  std::shared_ptr<Sequence> fork(SequenceState& parent, Stream stream);
   void release(SequenceState& state, Stream stream);
   void grow(std::span<SequenceState* const> states, Tokens n, Stream stream);
-  void plan_growth(Edit& edit, const SequenceState& state, Tokens n);
+  bool try_grow(std::span<SequenceState* const> states, Tokens n, Stream stream, Effort effort);
+  void plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream stream, Effort effort);
+  Pages stride_end(std::size_t lane, const Span& span, Pages needed) const;
+  bool map_next(SequenceState& state) noexcept;  // mapper.cpp
   // `from_after`: the slot in which the pages of `from` are once the edit is done.
   void plan_copy(Edit& edit, SlotId from, SlotId from_after, SlotId to, Tokens length);
   void drop_shared(SlotId id, Tokens keep) noexcept;
@@ -142,6 +157,7 @@ class Cache final : public Reclaimer, public std::enable_shared_from_this<Cache>
   const std::optional<Bytes> keep_;
   std::atomic<std::int64_t> mapped_pages_{0};
   std::atomic<std::int64_t> shared_pages_{0};
+  std::atomic<std::uint64_t> n_grown_late_{0};  // relaxed: a figure
 
   mutable std::mutex mutex_;
   std::vector<Slot> slots_;

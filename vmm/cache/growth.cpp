@@ -1,6 +1,7 @@
 // How sequences grow and shrink, in terms of pages. The fast path, a sequence that stays within its
-// capacity, is a comparison and a store; everything else is one Edit.
+// capacity, is a comparison and a store; everything else is one Edit under the tables' locks.
 #include <algorithm>
+#include <bit>
 
 #include "cache/cache.hpp"
 #include "cache/sequence.hpp"
@@ -19,8 +20,9 @@ void Cache::extend(SequenceState& state, Tokens n, Stream stream) {
                         std::to_string(space_->options().max_seq_len.value) +
                         "; truncate it or make the cache with a larger max_seq_len");
   }
+  follow(state, stream);
   const Tokens grown = length + n;
-  if (grown.value > state.capacity.load(std::memory_order_relaxed)) {
+  if (grown.value > state.capacity.load(std::memory_order_acquire)) {
     SequenceState* const states[] = {&state};
     grow(states, n, stream);
   }
@@ -28,42 +30,95 @@ void Cache::extend(SequenceState& state, Tokens n, Stream stream) {
 }
 
 void Cache::grow(std::span<SequenceState* const> states, Tokens n, Stream stream) {
-  Edit edit = space_->edit(stream);
+  std::vector<SequenceState*> short_of_room;
+  std::vector<std::unique_lock<TableLock>> tables;
+  for (SequenceState* state : states) {
+    if (state->tokens().value + n.value <= state->capacity.load(std::memory_order_acquire))
+      continue;
+    tables.emplace_back(state->table);  // which may have to wait for the mapper
+    short_of_room.push_back(state);
+  }
+  // Room to spare is welcome but not worth taking anything away from anybody.
+  const bool may_spare = store_->largest_class() > SizeClass(0);
+  if (!may_spare || !try_grow(short_of_room, n, stream, Effort::spare)) {
+    try_grow(short_of_room, n, stream, Effort::all);
+  }
+  n_grown_late_.fetch_add(1, std::memory_order_relaxed);
+  store_->background().wake();
+}
+
+bool Cache::try_grow(std::span<SequenceState* const> states, Tokens n, Stream stream,
+                     Effort effort) {
+  Edit edit(*store_, space_->account(), stream, effort);
   for (const SequenceState* state : states) {
+    // Once more: the mapper may have come first.
     if (state->tokens().value + n.value > state->capacity.load(std::memory_order_relaxed)) {
-      plan_growth(edit, *state, n);
+      plan_growth(edit, *state, n, stream, effort);
     }
   }
+  const auto is_any_lost = [&] {
+    bool is_any = false;
+    for (SequenceState* state : states) {
+      state->is_lost = space_->is_broken(state->slot);
+      is_any = is_any || state->is_lost;
+    }
+    return is_any;
+  };
   try {
     commit(edit);
+  } catch (const OutOfMemory&) {
+    if (is_any_lost() || effort == Effort::all) throw;
+    return false;
   } catch (...) {
-    for (SequenceState* state : states) state->is_lost = space_->is_broken(state->slot);
+    is_any_lost();
     throw;
   }
   const std::scoped_lock lock(mutex_);
   for (SequenceState* state : states) {
     update_mapped(state->slot);
     update_capacity(*state);
+    if (effort == Effort::spare) note_ahead(*state);
   }
+  return true;
 }
 
-void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n) {
+void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream stream,
+                        Effort effort) {
   const Tokens length = state.tokens();
+  bool is_any_shared = false;
   for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
     const Span& span = space_->span(state.slot, lane);
+    const Pages needed = space_->pages_with_overread(lane, length + n);
     const PageRange range{space_->page_of(lane, length),
-                          space_->pages_with_overread(lane, length + n)};
+                          effort == Effort::spare ? stride_end(lane, span, needed) : needed};
     space_->back(edit, state.slot, lane, range);
-    bool is_any_shared = false;
+    bool is_shared_here = false;
     for (Pages page = range.first; page < range.last; ++page) {
-      is_any_shared = is_any_shared || (span[page].is_backed() && space_->is_shared(span, page));
+      is_shared_here = is_shared_here || (span[page].is_backed() && space_->is_shared(span, page));
     }
-    if (!is_any_shared) continue;
+    if (!is_shared_here) continue;
     // After a truncate into a shared page: the next token must not be written where others read.
-    settle(state.slot);
+    // Work that still reads it here, under this address, comes first.
+    if (!is_any_shared) {
+      settle(state.slot);
+      store_->backend().wait(store_->backend().record_fence(stream));
+    }
+    is_any_shared = true;
     const Bytes live = space_->byte_of(lane, length) - space_->page_size() * range.first.value;
     space_->own(edit, state.slot, lane, range, live);
   }
+}
+
+Pages Cache::stride_end(std::size_t lane, const Span& span, Pages needed) const {
+  // A long sequence takes longer strides, each one frame: a call costs per frame, whatever its
+  // size, and a stride of a sixty-fourth leaves less than 1% unused on average.
+  constexpr std::uint32_t kStrideOneIn = 64;
+  const Pages has = span.end();
+  if (needed <= has) return needed;
+  const std::uint32_t stride =
+      std::min(std::bit_floor(has.value / kStrideOneIn), pages_of(store_->largest_class()).value);
+  const Pages limit = space_->pages_with_overread(lane, space_->options().max_seq_len);
+  return std::min(std::max(needed, has + Pages(stride)), limit);
 }
 
 void Cache::commit(Edit& edit) {
@@ -89,7 +144,7 @@ void Cache::update_capacity(SequenceState& state) {
     capacity = std::min(capacity, Tokens(tokens) - space_->options().overread);
   }
   state.capacity.store(static_cast<std::int32_t>(std::max(capacity, length).value),
-                       std::memory_order_relaxed);
+                       std::memory_order_release);
 }
 
 void Cache::truncate(SequenceState& state, Tokens n, Stream stream) {
@@ -104,8 +159,11 @@ void Cache::truncate(SequenceState& state, Tokens n, Stream stream) {
                           " tokens: positions before " + std::to_string(dropped.value) +
                           " were dropped; release the sequence and take a new one");
   }
-  const Fence fence = store_->backend().record_fence(stream);
+  const std::scoped_lock table(state.table);
+  const Fence fence = fence_behind(state.slot, stream);
+  state.stream = stream;
   state.length.store(static_cast<std::int32_t>(n.value), std::memory_order_relaxed);
+  state.mapped_ahead.store(0, std::memory_order_relaxed);  // from here on it is kept
   {
     const std::scoped_lock lock(mutex_);
     slot(state.slot).fence = fence;
@@ -171,7 +229,9 @@ void Cache::drop_before(SequenceState& state, Tokens position, Stream stream) {
   }
   if (position.value <= state.dropped.load(std::memory_order_relaxed)) return;
 
-  const Fence fence = store_->backend().record_fence(stream);
+  const std::scoped_lock table(state.table);
+  const Fence fence = fence_behind(state.slot, stream);
+  state.stream = stream;
   {
     const std::scoped_lock lock(mutex_);
     slot(state.slot).fence = fence;
@@ -196,7 +256,9 @@ void Cache::drop_before(SequenceState& state, Tokens position, Stream stream) {
   state.dropped.store(static_cast<std::int32_t>(position.value), std::memory_order_relaxed);
 }
 
-std::shared_ptr<Sequence> Cache::fork(const SequenceState& parent, Stream stream) {
+std::shared_ptr<Sequence> Cache::fork(SequenceState& parent, Stream stream) {
+  follow(parent, stream);
+  const std::scoped_lock table(parent.table);
   std::shared_ptr<SequenceState> child;
   {
     const std::scoped_lock lock(mutex_);
@@ -211,6 +273,7 @@ std::shared_ptr<Sequence> Cache::fork(const SequenceState& parent, Stream stream
   } catch (...) {
     child->unclaim(Claim::released);
     vacate(*child, slot(child->slot).fence);
+    child->table.unlock();
     throw;
   }
   {
@@ -220,8 +283,10 @@ std::shared_ptr<Sequence> Cache::fork(const SequenceState& parent, Stream stream
     child->dropped_pages.store(parent.dropped_pages.load(std::memory_order_relaxed),
                                std::memory_order_relaxed);
     child->length.store(parent.length.load(std::memory_order_relaxed), std::memory_order_relaxed);
+    child->stream = stream;
     update_capacity(*child);
   }
+  child->table.unlock();
   child->unclaim();
   return std::make_shared<Sequence>(shared_from_this(), std::move(child));
 }
@@ -248,9 +313,10 @@ void Cache::plan_copy(Edit& edit, SlotId from, SlotId from_after, SlotId to, Tok
 }
 
 void Cache::release(SequenceState& state, Stream stream) {
+  const std::scoped_lock table(state.table);
   Fence fence;
   try {
-    fence = store_->backend().record_fence(stream);
+    fence = fence_behind(state.slot, stream);
   } catch (const Error&) {
     state.unclaim(state.is_lost ? Claim::lost : Claim::idle);
     throw;

@@ -6,7 +6,7 @@ namespace kvspan {
 
 Sequence::~Sequence() {
   try {
-    release({});
+    release(state_->stream);
   } catch (const Error&) {
     // The slot stays taken: a fence that cannot be recorded is no proof that the work is done.
   }

@@ -1,6 +1,6 @@
 // A handle of one sequence: what the API calls a sequence. It claims the sequence's state for the
 // length of a call and has the cache do the work (growth.cpp). Dropping the handle releases the
-// sequence.
+// sequence, on the stream that worked on it last.
 #pragma once
 
 #include <memory>

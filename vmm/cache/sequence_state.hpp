@@ -3,16 +3,35 @@
 // The claim is a flag, not a lock: a second thread that finds it set gets BusyError, for two
 // threads on one sequence are a mistake of the caller's. Only reclamation, which the caller cannot
 // see, is waited for; it never blocks while it holds a claim.
+//
+// The page tables of the slot have a lock of their own, for the mapper adds pages while the
+// sequence is in use: a step that finds room takes no notice of it. Order: a claim, then the
+// table's lock, then the cache's mutex; whoever holds the mutex only tries the other two.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <thread>
 
+#include "backend/backend.hpp"
 #include "core/errors.hpp"
 #include "core/ids.hpp"
 
 namespace kvspan {
+
+// A lock of one byte, held for microseconds: as long as the driver maps a page or two.
+class TableLock {
+ public:
+  // Acquire and release: the next holder sees the tables as the last one left them.
+  bool try_lock() noexcept { return !is_held_.exchange(true, std::memory_order_acquire); }
+  void lock() noexcept {
+    while (!try_lock()) std::this_thread::yield();
+  }
+  void unlock() noexcept { is_held_.store(false, std::memory_order_release); }
+
+ private:
+  std::atomic<bool> is_held_{false};
+};
 
 enum class Claim : std::uint8_t {
   idle,
@@ -25,13 +44,21 @@ enum class Claim : std::uint8_t {
 
 struct alignas(64) SequenceState {
   std::atomic<Claim> claim{Claim::idle};
-  SlotId slot;  // changes only under a claim and the cache's mutex
+  TableLock table;  // guards the spans of the slot
+  SlotId slot;      // changes only under a claim, the table's lock and the cache's mutex
   // Written under a claim, read by anybody (relaxed: they publish nothing but themselves).
   std::atomic<std::int32_t> length{0};
-  std::atomic<std::int32_t> capacity{0};  // up to here tokens fit without any work
-  std::atomic<std::int32_t> dropped{0};   // positions before it are gone in lanes with a window
+  // Up to here tokens fit without any work. Written under the table's lock, with release: who reads
+  // it with acquire finds the pages mapped.
+  std::atomic<std::int32_t> capacity{0};
+  std::atomic<std::int32_t> dropped{0};  // positions before it are gone in lanes with a window
   std::atomic<std::uint32_t> dropped_pages{0};  // the pages that this unbacked, all lanes
-  bool is_lost = false;  // under a claim: the next unclaim makes it Claim::lost
+  // What the mapper, or a stride, has mapped ahead of need ends here; 0: nothing was.
+  std::atomic<std::int32_t> mapped_ahead{0};
+  std::atomic<bool> is_lost{false};  // the next unclaim makes it Claim::lost
+  // Under a claim. Behind the work of the slot's last sequence; streams that work here follow it.
+  Fence predecessor;
+  Stream stream;  // under a claim: the last one that worked here
 
   Tokens tokens() const { return Tokens(length.load(std::memory_order_relaxed)); }
 

@@ -76,15 +76,16 @@ std::shared_ptr<SequenceState> Cache::occupy(SlotId id) {
   auto state = std::make_shared<SequenceState>();
   state->slot = id;
   state->claim.store(Claim::used, std::memory_order_relaxed);  // until it is prepared
+  state->table.lock();                                         // likewise
   slot(id).live = state;
   return state;
 }
 
-void Cache::prepare(SequenceState& state) {
+void Cache::prepare(SequenceState& state, Stream stream) {
   const SlotId id = state.slot;
   try {
-    // Work on the last sequence's pages must be done before they are written again.
-    settle(id);
+    if (!is_settled(id)) state.predecessor = slot(id).fence;
+    follow(state, stream);
     if (space_->options().scrub == Scrub::reuse) {
       Backend& backend = store_->backend();
       for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
@@ -92,16 +93,18 @@ void Cache::prepare(SequenceState& state) {
         for (Pages page{}; page < span.end(); ++page) {
           if (!span[page].is_backed() || space_->is_shared(span, page)) continue;
           space_->account().add(Call::fill, 1);
-          backend.fill(span.address_of(page), 0, space_->page_size(), {});
+          backend.fill(span.address_of(page), 0, space_->page_size(), stream);
         }
       }
     }
     update_capacity(state);
   } catch (...) {
     state.unclaim(Claim::released);
-    vacate(state, slot(id).fence);  // which may not be passed yet, should waiting have failed
+    vacate(state, slot(id).fence);  // which may not be passed yet
+    state.table.unlock();
     throw;
   }
+  state.table.unlock();
   state.unclaim();
 }
 
@@ -125,6 +128,27 @@ void Cache::settle(SlotId id) {
   store_->backend().wait(slot(id).fence);
 }
 
+Fence Cache::fence_behind(SlotId id, Stream stream) {
+  Backend& backend = store_->backend();
+  if (!is_settled(id)) {
+    space_->account().add(Call::order_after, 1);
+    backend.order_after(stream, slot(id).fence);
+  }
+  space_->account().add(Call::record_fence, 1);
+  return backend.record_fence(stream);
+}
+
+void Cache::follow(SequenceState& state, Stream stream) {
+  state.stream = stream;
+  if (state.predecessor.id == 0) return;
+  if (store_->backend().is_passed(state.predecessor)) {
+    state.predecessor = {};
+    return;
+  }
+  space_->account().add(Call::order_after, 1);
+  store_->backend().order_after(stream, state.predecessor);
+}
+
 void Cache::update_mapped(SlotId id) {
   const Pages now = space_->backed_pages(id);
   const auto change = std::int64_t{now.value} - std::int64_t{slot(id).backed.value};
@@ -137,8 +161,8 @@ Pages Cache::kept_pages() const {
   Pages kept{};
   for (const Slot& s : slots_) {
     if (s.is_retired) continue;
-    const Pages needed = s.live ? needed_pages(*s.live) : Pages(0);
-    if (s.backed > needed) kept += s.backed - needed;
+    const Pages planned = s.live ? planned_pages(*s.live) : Pages(0);
+    if (s.backed > planned) kept += s.backed - planned;
   }
   return kept;
 }
@@ -204,11 +228,25 @@ Tokens Cache::tokens_in(Pages pages) const {
 }
 
 Pages Cache::needed_pages(const SequenceState& state) const {
-  Pages needed{};
+  return pages_at(state, state.tokens());
+}
+
+Pages Cache::planned_pages(const SequenceState& state) const {
+  const Tokens ahead(state.mapped_ahead.load(std::memory_order_relaxed));
+  return pages_at(state, std::max(state.tokens(), ahead));
+}
+
+Pages Cache::pages_at(const SequenceState& state, Tokens length) const {
+  Pages pages{};
   for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
-    needed += space_->pages_with_overread(lane, state.tokens());
+    pages += space_->pages_with_overread(lane, length);
   }
-  return needed - Pages(state.dropped_pages.load(std::memory_order_relaxed));
+  return pages - Pages(state.dropped_pages.load(std::memory_order_relaxed));
+}
+
+void Cache::note_ahead(SequenceState& state) {
+  state.mapped_ahead.store(state.capacity.load(std::memory_order_relaxed),
+                           std::memory_order_relaxed);
 }
 
 }  // namespace kvspan

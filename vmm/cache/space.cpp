@@ -50,6 +50,7 @@ Space::Space(std::shared_ptr<FrameStore> store, Layout layout, const SpaceOption
 Space::~Space() {
   Backend& backend = store_->backend();
   if (!backend.usable()) return;  // a child of fork(2): all of this is the parent's
+  backend.finish();  // nobody can say any more on which streams kernels read this memory
   std::vector<FrameId> frames;
   for (Span& span : spans_) {
     for (Pages page{}; page < span.end(); ++page) {

@@ -25,12 +25,8 @@ class FramePool::Class {
  public:
   Class(SizeClass c, std::uint32_t capacity) : ids_(c, capacity), references_(capacity) {}
 
-  bool take(std::span<FrameId> out) noexcept {
-    if (!ids_.take(out)) return false;
-    // relaxed: the ids are ours alone, and who gets to know of them does so through us.
-    for (const FrameId frame : out) references_[frame.index()].store(1, relaxed);
-    return true;
-  }
+  bool take(std::span<FrameId> out) noexcept { return ids_.take(out) && hand_out(out); }
+  bool take_fresh(std::span<FrameId> out) noexcept { return ids_.take_fresh(out) && hand_out(out); }
 
   bool share(std::uint32_t index) noexcept {
     if (index >= ids_.capacity()) return false;
@@ -75,6 +71,12 @@ class FramePool::Class {
  private:
   static constexpr std::uint32_t kRefused = kMaxReferences;
 
+  bool hand_out(std::span<const FrameId> taken) noexcept {
+    // relaxed: the ids are ours alone, and who gets to know of them does so through us.
+    for (const FrameId frame : taken) references_[frame.index()].store(1, relaxed);
+    return true;
+  }
+
   // Takes one reference away and returns how many are left, or kRefused when there was none.
   std::uint32_t drop(std::uint32_t index) noexcept {
     if (index >= ids_.capacity()) return kRefused;
@@ -116,6 +118,11 @@ FramePool::~FramePool() = default;
 bool FramePool::take(SizeClass c, std::span<FrameId> out) noexcept {
   Class* const pool = find(c);
   return pool != nullptr ? pool->take(out) : out.empty();
+}
+
+bool FramePool::take_fresh(SizeClass c, std::span<FrameId> out) noexcept {
+  Class* const pool = find(c);
+  return pool != nullptr ? pool->take_fresh(out) : out.empty();
 }
 
 std::uint32_t FramePool::share(std::span<const FrameId> frames) noexcept {

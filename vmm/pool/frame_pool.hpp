@@ -41,6 +41,9 @@ class FramePool {
   // class that the pool does not have has none.
   bool take(SizeClass c, std::span<FrameId> out) noexcept;
 
+  // Takes frames that were never taken before, and leaves the recycled ones to others.
+  bool take_fresh(SizeClass c, std::span<FrameId> out) noexcept;
+
   // Adds a reference to each. Returns how many were refused because they are not in use (or have
   // 2^32 - 1 references); those are left alone, the others are shared.
   std::uint32_t share(std::span<const FrameId> frames) noexcept;

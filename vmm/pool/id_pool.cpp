@@ -54,6 +54,21 @@ bool IdPool::take(std::span<FrameId> out) noexcept {
   return true;
 }
 
+bool IdPool::take_fresh(std::span<FrameId> out) noexcept {
+  if (out.size() > capacity_) return false;
+  const auto wanted = static_cast<std::uint32_t>(out.size());
+  std::uint64_t seen = admit_.load(relaxed);  // relaxed: a guess that the exchange checks
+  Admission now;
+  do {
+    now = unpack(seen);
+    if (wanted > capacity_ - now.bump) return false;
+    // The same orders as in `take`: the word is one for both.
+  } while (
+      !admit_.compare_exchange_weak(seen, pack({now.bump + wanted, now.free}), acq_rel, relaxed));
+  for (std::uint32_t i = 0; i < wanted; ++i) out[i] = FrameId(class_, now.bump + i);
+  return true;
+}
+
 // Fills `out` with ids from the tree, which this thread is owed. `bump` is as it was at admission.
 void IdPool::collect(std::span<FrameId> out, std::uint32_t bump) noexcept {
   const std::uint32_t slot = thread_number() % kCursors;

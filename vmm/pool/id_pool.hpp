@@ -36,6 +36,9 @@ class IdPool {
   // exactly when fewer are free and fresh. The memory of an id is as its last owner left it.
   bool take(std::span<FrameId> out) noexcept;
 
+  // Takes ids that were never taken before; otherwise as `take`.
+  bool take_fresh(std::span<FrameId> out) noexcept;
+
   Admission admission() const noexcept;
   std::uint32_t capacity() const noexcept { return capacity_; }
 

@@ -45,8 +45,10 @@ class Edit::Window {
     const auto mapped = entries_.first(mapped_.value);
     Pages done{};
     try {
+      Backend& backend = edit_.store_.backend();
+      if (edit_.has_queued_work_) backend.wait(backend.record_fence(edit_.stream_));
       edit_.unmap(range_.base, mapped, done);
-      edit_.store_.backend().free(range_);
+      backend.free(range_);
     } catch (const Error&) {
       // Frames that are stuck in a range that nobody knows must not serve anybody else.
       for_each_frame(mapped, [&](FrameId frame) { edit_.store_.keep_for_ever(frame); });
@@ -146,7 +148,7 @@ void Edit::drop(Span& span, PageRange range) {
 }
 
 void Edit::commit() {
-  if (!gaps_.empty()) store_.take(gaps_, taken_);
+  if (!gaps_.empty()) store_.take(gaps_, taken_, effort_);
   try {
     assign_frames();
     add_references();
@@ -155,10 +157,7 @@ void Edit::commit() {
     const auto rank = [](const Patch& p) { return p.old.empty() ? 0 : p.now.empty() ? 2 : 1; };
     std::ranges::stable_sort(patches_, {}, rank);
     for (Patch& patch : patches_) apply(patch);
-    for (const Copy& c : copies_) {
-      account_.add(Call::copy, 1);
-      store_.backend().copy(c.to, c.from, c.size, stream_);
-    }
+    for (const Copy& c : copies_) copy_bytes(c.to, c.from, c.size);
   } catch (...) {
     undo();
     throw;
@@ -219,9 +218,15 @@ void Edit::copy_live(const Patch& patch) {
   Backend& backend = store_.backend();
   const Window window(*this, patch.now);
   scrub(patch, window.base());
-  account_.add(Call::copy, 1);
-  backend.copy(window.base(), patch.span->address_of(patch.range.first), patch.live, stream_);
+  copy_bytes(window.base(), patch.span->address_of(patch.range.first), patch.live);
   backend.wait(backend.record_fence(stream_));
+  has_queued_work_ = false;
+}
+
+void Edit::copy_bytes(Address to, Address from, Bytes size) {
+  account_.add(Call::copy, 1);
+  has_queued_work_ = true;
+  store_.backend().copy(to, from, size, stream_);
 }
 
 void Edit::scrub(const Patch& patch, Address at) {
@@ -231,6 +236,7 @@ void Edit::scrub(const Patch& patch, Address at) {
     if (entry.frame != taken_[next].frame) continue;
     if (taken_[next].is_dirty) {
       account_.add(Call::fill, 1);
+      has_queued_work_ = true;
       store_.backend().fill(at + patch.span->page_size() * i, 0,
                             patch.span->page_size() * pages_of(entry.frame.size_class()).value,
                             stream_);
@@ -262,6 +268,9 @@ void Edit::undo() noexcept {
 void Edit::undo(Patch& patch) noexcept {
   const Address at = patch.span->address_of(patch.range.first);
   try {
+    // Fills and copies of this edit may still be under way there.
+    Backend& backend = store_.backend();
+    if (has_queued_work_) backend.wait(backend.record_fence(stream_));
     Pages undone{};
     unmap(at, std::span(patch.now).first(patch.mapped.value), undone);
     undone = {};

@@ -22,8 +22,8 @@ namespace kvspan {
 class Edit {
  public:
   // `account` counts the driver calls of this edit beside the backend's own counters.
-  Edit(FrameStore& store, CallCounters& account, Stream stream)
-      : store_(store), account_(account), stream_(stream) {}
+  Edit(FrameStore& store, CallCounters& account, Stream stream, Effort effort = Effort::all)
+      : store_(store), account_(account), stream_(stream), effort_(effort) {}
 
   // Backs every unbacked page of `range` with new frames.
   void back(Span& span, PageRange range, OwnerTag owner, bool always_scrub);
@@ -52,6 +52,8 @@ class Edit {
   // After commit: how many pages of sharing it added (by `place`) less those it ended (a frame
   // given back that others still hold).
   std::int64_t shared_pages() const { return shared_pages_; }
+  // And whether it left work on the stream that must be done before another stream comes here.
+  bool has_queued_work() const { return has_queued_work_; }
 
  private:
   class Window;
@@ -84,6 +86,7 @@ class Edit {
   void publish() noexcept;
   void undo() noexcept;
   void undo(Patch& patch) noexcept;
+  void copy_bytes(Address to, Address from, Bytes size);
 
   // Both work through the entries in order and keep count of what is done, should they throw.
   void map(Address at, std::span<const PageEntry> entries, Pages& done);
@@ -92,6 +95,7 @@ class Edit {
   FrameStore& store_;
   CallCounters& account_;
   const Stream stream_;
+  const Effort effort_;
   std::vector<Patch> patches_;
   std::vector<Copy> copies_;
   std::vector<FrameStore::Gap> gaps_;  // one a run of wanted pages, in order
@@ -100,6 +104,7 @@ class Edit {
   std::vector<FrameId> referenced_;  // placed frames, each with the reference it got
   std::vector<FrameId> given_;       // frames of `old`, to be given back on publishing
   std::int64_t shared_pages_ = 0;
+  bool has_queued_work_ = false;
 };
 
 }  // namespace kvspan

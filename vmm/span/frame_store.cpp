@@ -36,10 +36,12 @@ void for_each_run(std::span<const FrameId> frames, F f) {
 
 }  // namespace
 
-FrameStore::FrameStore(std::unique_ptr<Backend> backend, Bytes capacity, SizeClass largest)
+FrameStore::FrameStore(std::unique_ptr<Backend> backend, Bytes capacity, SizeClass largest,
+                       Bytes ready)
     : backend_(std::move(backend)),
       page_size_(backend_->traits().page_size),
       capacity_(checked_pages(capacity, page_size_)),
+      ready_(ready),
       pool_(capacity_, largest) {
   for (std::uint8_t c = 0; c <= largest.value; ++c) {
     states_.push_back(std::make_unique<State[]>((capacity_.value >> c) + 1));
@@ -54,7 +56,7 @@ FrameStore::State& FrameStore::state_of(FrameId frame) noexcept {
   return states_[frame.size_class().value][frame.index()];
 }
 
-void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out) {
+void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out, Effort effort) {
   // Two ways to be short: of ids or budget (try_take says false) or of the machine's memory (the
   // backend throws). Pages that are reclaimed help against both, for their frames exist already.
   const std::size_t before = out.size();
@@ -62,10 +64,16 @@ void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out) {
     if (try_take(gaps, out)) return;
   } catch (const OutOfMemory&) {
     out.resize(before);
+    if (effort == Effort::spare) throw;
   }
 
   Pages wanted{};
   for (const Gap& gap : gaps) wanted += gap.pages;
+  if (effort == Effort::spare) {
+    const Counts now = counts();
+    throw OutOfMemory(size_of(wanted, page_size_), now.capacity - now.in_use, Bytes(0),
+                      "nothing is taken from others ahead of need");
+  }
   const std::scoped_lock lock(pressure_);
   const Counts before_reclaiming = counts();
   const Bytes unused = before_reclaiming.capacity - before_reclaiming.in_use;
@@ -185,6 +193,7 @@ bool FrameStore::create_absent(std::span<const FrameId> frames) {
     for (std::uint32_t k = 0; k < run.count; ++k) {
       state_of(run.first.next(k)).store(kClean, std::memory_order_relaxed);
     }
+    present_[run.first.size_class().value].fetch_add(run.count, std::memory_order_relaxed);
     i += run.count;
   }
   return true;
@@ -239,6 +248,45 @@ void FrameStore::create_ahead(Bytes size) {
   pool_.give(frames);
 }
 
+std::size_t FrameStore::frames_to_keep_ready(SizeClass c, Bytes& left) const noexcept {
+  // Decoding takes single pages all the time, a prompt a few frames of each larger class.
+  constexpr std::uint64_t kSinglePages = 64, kLargerFrames = 2;
+  const Bytes size = size_of(pages_of(c), page_size_);
+  const std::uint64_t wanted =
+      std::min(c == SizeClass(0) ? kSinglePages : kLargerFrames, left.value / size.value);
+  left -= size * wanted;
+  return wanted;
+}
+
+WorkDone FrameStore::keep_ready() noexcept {
+  WorkDone done;
+  Bytes left = ready_;
+  for (std::uint8_t c = 0; c <= largest_class().value; ++c) {
+    const std::size_t wanted = frames_to_keep_ready(SizeClass(c), left);
+    for (std::size_t tries = 0; tries < wanted; ++tries) {
+      const std::uint64_t present = present_[c].load(std::memory_order_relaxed);
+      if (present >= pool_.counts(SizeClass(c)).in_use + wanted || !create_one(SizeClass(c))) break;
+      ++done.n_frames;
+    }
+  }
+  return done;
+}
+
+bool FrameStore::create_one(SizeClass c) noexcept {
+  // A fresh id: taking recycled ones would take ready frames away from others meanwhile. Frames
+  // that were trimmed are created again by those who need them.
+  FrameId frame;
+  if (!pool_.take_fresh(c, {&frame, 1})) return false;
+  bool is_created = false;
+  try {
+    is_created = create_absent({&frame, 1});
+  } catch (const std::exception&) {
+    // The machine is short of memory, or the driver fails: whoever needs a frame will be told.
+  }
+  pool_.give({&frame, 1});
+  return is_created;
+}
+
 Bytes FrameStore::trim() {
   std::scoped_lock lock(pressure_);
   return size_of(release_free(capacity_), page_size_);
@@ -266,6 +314,7 @@ Pages FrameStore::release_free(Pages wanted) {
         state_of(run.first.next(k)).store(kAbsent, std::memory_order_relaxed);
       }
       created_.fetch_sub(run.pages().value, std::memory_order_relaxed);
+      present_[run.first.size_class().value].fetch_sub(run.count, std::memory_order_relaxed);
       released += run.pages();
     });
     pool_.give(held);

@@ -2,7 +2,8 @@
 // what the Python API calls a pool.
 //
 // A frame is created (given physical memory) when it is first taken, kept when it is given back,
-// and taken again without a driver call. When frames run out, the store asks its reclaimers (the
+// and taken again without a driver call; the background thread creates some before they are asked
+// for. When frames run out, the store asks its reclaimers (the
 // caches) to give up pages that no live token needs, re-balances the size classes, and only then
 // says OutOfMemory.
 //
@@ -11,6 +12,7 @@
 // lock that a reclaimer takes, so a reclaimer must not call `take` while it holds one of those.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -21,6 +23,7 @@
 #include "backend/backend.hpp"
 #include "core/ids.hpp"
 #include "pool/frame_pool.hpp"
+#include "span/background.hpp"
 #include "span/span.hpp"
 
 namespace kvspan {
@@ -40,6 +43,12 @@ class Reclaimer {
 // Whose bytes a frame last held: a frame that changes owner is zeroed first (DESIGN rule 5).
 using OwnerTag = Id<struct OwnerTagTag, std::uint32_t>;
 
+// How hard `take` tries.
+enum class Effort : std::uint8_t {
+  spare,  // only what is free or may be created
+  all,    // also what reclaimers hold
+};
+
 class FrameStore {
  public:
   struct Counts {
@@ -54,13 +63,16 @@ class FrameStore {
     bool is_dirty = false;
   };
 
+  // `ready`: how many bytes of free frames the background keeps created.
   // Throws InvalidArgument unless capacity is a positive multiple of the page size.
-  FrameStore(std::unique_ptr<Backend> backend, Bytes capacity, SizeClass largest);
+  FrameStore(std::unique_ptr<Backend> backend, Bytes capacity, SizeClass largest,
+             Bytes ready = Bytes(0));
 
   Backend& backend() noexcept { return *backend_; }
   const Backend& backend() const noexcept { return *backend_; }
   Bytes page_size() const noexcept { return page_size_; }
   SizeClass largest_class() const noexcept { return pool_.largest_class(); }
+  Background& background() noexcept { return background_; }
   OwnerTag new_owner() noexcept;
 
   // What a gap of unbacked pages is to be filled with.
@@ -72,7 +84,7 @@ class FrameStore {
 
   // Takes the frames that cover every gap exactly, in order, largest frames first, created and with
   // one reference each, and appends them to `out`. All or nothing. Throws OutOfMemory.
-  void take(std::span<const Gap> gaps, std::vector<Taken>& out);
+  void take(std::span<const Gap> gaps, std::vector<Taken>& out, Effort effort = Effort::all);
 
   // Adds a reference to a frame that the caller already holds one of.
   void share(FrameId frame);
@@ -86,6 +98,9 @@ class FrameStore {
 
   // Creates frames ahead, one page each, until `size` bytes of free ones exist. Throws OutOfMemory.
   void create_ahead(Bytes size);
+  // Creates what is missing of the frames that should be ready, within the budget. For the
+  // background: a shortage is no error here.
+  WorkDone keep_ready() noexcept;
   // Gives the memory of free frames back to the machine. Returns how much that was.
   Bytes trim();
 
@@ -105,18 +120,24 @@ class FrameStore {
   bool try_take_class(SizeClass c, std::size_t n, std::vector<FrameId>& frames);
   bool create_absent(std::span<const FrameId> frames);
   bool reserve_budget(Pages pages) noexcept;
+  std::size_t frames_to_keep_ready(SizeClass c, Bytes& left) const noexcept;
+  bool create_one(SizeClass c) noexcept;
   Pages release_free(Pages wanted);
 
   const std::unique_ptr<Backend> backend_;
   const Bytes page_size_;
   const Pages capacity_;
+  const Bytes ready_;
   FramePool pool_;
   std::vector<std::unique_ptr<State[]>> states_;  // one array a size class
-  std::atomic<std::uint64_t> created_{0};         // pages with physical memory, never over capacity
+  std::array<std::atomic<std::uint64_t>, FrameId::kMaxClass + 1> present_{};  // frames, by class
+  std::atomic<std::uint64_t> created_{0};  // pages with physical memory, never over capacity
   std::atomic<std::uint32_t> next_owner_{kFirstOwner};
 
   mutable std::mutex pressure_;  // guards reclaimers_, and admits one finder of memory at a time
   std::vector<Reclaimer*> reclaimers_;
+
+  Background background_{*this};  // last: its thread ends before the rest goes
 };
 
 }  // namespace kvspan

@@ -23,6 +23,7 @@ struct RigOptions {
   std::optional<Bytes> keep{};
   Scrub scrub = Scrub::cross;
   std::optional<Tokens> window{};
+  std::int64_t max_seq_len = 1000;
 };
 
 class Rig {
@@ -39,7 +40,7 @@ class Rig {
     cache_options.layers.assign(2, {.planes = {{"k", DType::f32, 5, 32}, {"v", DType::f32, 5, 32}},
                                     .window = options.window});
     cache_options.max_seqs = options.max_seqs;
-    cache_options.max_seq_len = Tokens(1000);
+    cache_options.max_seq_len = Tokens(options.max_seq_len);
     cache_options.layers_per_page = options.layers_per_page;
     cache_options.keep = options.keep;
     cache_options.scrub = options.scrub;

@@ -27,8 +27,8 @@ bool rows_are(Rig& rig, const Batch& batch, const std::vector<std::int32_t>& mar
     const Sequence& row = *batch.rows()[i];
     const std::int32_t slot = batch.lease()->first.value + static_cast<std::int32_t>(i);
     ok = row.length() == Tokens(59 + marks[i]) && rig.holds(row, marks[i], 0, row.length().value) &&
-         row.slot().value == slot && batch.arrays()->slots[i] == slot &&
-         batch.arrays()->lengths[i] == row.length().value;
+         row.slot().value == slot && batch.arrays()->host(BatchArrays::Which::slots)[i] == slot &&
+         batch.arrays()->host(BatchArrays::Which::lengths)[i] == row.length().value;
   }
   return ok && figures_add_up(rig);
 }
@@ -41,15 +41,17 @@ BOOST_AUTO_TEST_CASE(a_step_grows_every_row_and_keeps_the_arrays_in_place) {
   Rig rig;
   const auto a = rig.grown(1, 50), b = rig.grown(2, 7);
   const auto batch = rig.cache->batch({b, a});
-  const std::int32_t* const lengths = batch->arrays()->lengths.data();
+  const std::int32_t* const lengths = batch->arrays()->host(BatchArrays::Which::lengths).data();
   for (int i = 0; i < 100; ++i) batch->step(Tokens(1), {});
   batch->step(Tokens(3), {});
-  BOOST_TEST(lengths == batch->arrays()->lengths.data());
-  BOOST_TEST(batch->arrays()->before == (std::vector<std::int32_t>{107, 150}),
-             boost::test_tools::per_element());
-  BOOST_TEST(batch->arrays()->lengths == (std::vector<std::int32_t>{110, 153}),
-             boost::test_tools::per_element());
-  BOOST_TEST((batch->arrays()->slots[0] == b->slot().value));
+  BOOST_TEST(lengths == batch->arrays()->host(BatchArrays::Which::lengths).data());
+  BOOST_TEST(
+      batch->arrays()->host(BatchArrays::Which::before) == (std::vector<std::int32_t>{107, 150}),
+      boost::test_tools::per_element());
+  BOOST_TEST(
+      batch->arrays()->host(BatchArrays::Which::lengths) == (std::vector<std::int32_t>{110, 153}),
+      boost::test_tools::per_element());
+  BOOST_TEST((batch->arrays()->host(BatchArrays::Which::slots)[0] == b->slot().value));
   BOOST_TEST(rig.holds(*a, 1, 0, 50));
   BOOST_TEST(rig.holds(*b, 2, 0, 7));
   BOOST_TEST(figures_add_up(rig));
@@ -156,10 +158,12 @@ BOOST_AUTO_TEST_CASE(refresh_sees_what_was_done_to_rows_by_themselves) {
   const auto batch = rows_of(rig, 2);
   batch->rows()[1]->extend(Tokens(9), {});
   batch->rows()[0]->truncate(Tokens(3), {});
-  BOOST_TEST(batch->arrays()->lengths[1] == 0);  // as of the last refresh: before they grew
-  batch->refresh();
-  BOOST_TEST(batch->arrays()->lengths == (std::vector<std::int32_t>{3, 70}),
-             boost::test_tools::per_element());
+  BOOST_TEST(batch->arrays()->host(BatchArrays::Which::lengths)[1] ==
+             0);  // as of the last refresh: before they grew
+  batch->refresh({});
+  BOOST_TEST(
+      batch->arrays()->host(BatchArrays::Which::lengths) == (std::vector<std::int32_t>{3, 70}),
+      boost::test_tools::per_element());
 }
 
 BOOST_AUTO_TEST_CASE(slots_come_back_when_batch_and_rows_are_gone) {

@@ -42,7 +42,11 @@ void fail_every_call(const Operation& operation, const RigOptions& options, Faul
     BOOST_REQUIRE(n < 200);
     if (!has_fired) break;
   }
-  BOOST_TEST((failures > 0) == operation.may_throw);
+  // Where frames come in sizes, growing for which there is no room to spare is tried once more
+  // without any, so one shortage is no failure.
+  const bool is_tried_twice = fault == Fault::out_of_memory && options.largest_class > 0;
+  BOOST_TEST((is_tried_twice ? failures == 0 || operation.may_throw
+                             : (failures > 0) == operation.may_throw));
 }
 
 }  // namespace

@@ -1,0 +1,141 @@
+// Pages are mapped before they are needed: decoding that the background keeps up with calls no
+// driver, and nothing goes wrong when the two meet.
+#include <atomic>
+#include <boost/test/unit_test.hpp>
+#include <thread>
+
+#include "cache/rig.hpp"
+
+namespace kvspan::test {
+
+namespace {
+
+std::uint64_t driver_work(const Rig& rig) {
+  std::uint64_t sum = 0;
+  for (const Call call : {Call::create, Call::map, Call::set_access, Call::unmap, Call::release}) {
+    sum += rig.backend->calls().of(call).calls;
+  }
+  return sum;
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_SUITE(mapper)
+
+BOOST_AUTO_TEST_CASE(a_step_finds_its_page_mapped) {
+  for (const std::int32_t layers_per_page : {1, 2}) {
+    Rig rig({.layers_per_page = layers_per_page});
+    const auto a = rig.grown(1, 40);
+    const auto b = rig.grown(2, 51);
+    const auto batch = rig.cache->batch({a, b});
+    std::uint64_t in_steps = 0;
+    rig.store->background().turn();
+    const std::uint64_t late = rig.cache->figures().n_grown_late;
+    for (std::int64_t i = 0; i < 300; ++i) {
+      const std::uint64_t before = driver_work(rig);
+      batch->step(Tokens(1), {});
+      in_steps += driver_work(rig) - before;
+      rig.write(*a, 1, 40 + i, 41 + i);
+      rig.write(*b, 2, 51 + i, 52 + i);
+      rig.store->background().turn();
+    }
+    BOOST_TEST(in_steps == 0u);
+    BOOST_TEST(rig.cache->figures().n_grown_late == late);
+    BOOST_TEST(rig.holds(*a, 1, 0, 340));
+    BOOST_TEST(rig.holds(*b, 2, 0, 351));
+    BOOST_TEST(figures_add_up(rig));
+    BOOST_TEST(rig.backend->violations().empty());
+  }
+}
+
+BOOST_AUTO_TEST_CASE(what_is_mapped_ahead_is_counted_so_and_given_up_under_pressure) {
+  Rig rig({.n_pages = 4, .layers_per_page = 2});
+  const auto a = rig.grown(1, 48);
+  rig.store->background().turn();
+  BOOST_TEST((rig.cache->figures().ahead == kTestPage));
+  BOOST_TEST((rig.cache->figures().kept == Bytes(0)));
+  BOOST_TEST((rig.cache->reclaimable() == Pages(1)));
+  const auto b = rig.grown(2, 50);  // needs the page that is free, and that one
+  BOOST_TEST((rig.cache->figures().ahead == Bytes(0)));
+  BOOST_TEST(rig.store->background().turn().n_frames == 0u);  // nothing is taken from anybody
+  a->extend(Tokens(3), {});
+  BOOST_TEST(rig.holds(*a, 1, 0, 48));
+  BOOST_CHECK_THROW(a->extend(Tokens(1), {}), OutOfMemory);
+}
+
+BOOST_AUTO_TEST_CASE(empty_full_and_shared_sequences_are_left_alone) {
+  Rig rig;
+  const auto empty = rig.cache->sequence(Tokens(0));
+  const auto full = rig.grown(1, 1000);
+  const auto parent = rig.grown(2, 150);
+  const auto child = parent->fork({});
+  child->truncate(Tokens(20), {});  // the next token would go into a shared page
+  const std::uint64_t before = driver_work(rig);
+  const std::int64_t room = parent->state()->capacity - parent->state()->length;
+  BOOST_REQUIRE(room < 8);  // the parent alone is short of room
+  rig.store->background().turn();
+  BOOST_TEST(driver_work(rig) - before == (room < 8 ? 2u : 0u));  // a frame is created and mapped
+  BOOST_TEST(rig.holds(*parent, 2, 0, 150));
+  BOOST_TEST(figures_add_up(rig));
+}
+
+BOOST_AUTO_TEST_CASE(a_failure_is_left_to_the_call_that_needs_the_page) {
+  Rig rig({.layers_per_page = 2});
+  const auto a = rig.grown(1, 48);
+  rig.backend->fail(1, Fault::driver, Call::map, FaultyBackend::kEver);
+  BOOST_TEST(rig.store->background().turn().n_frames == 0u);
+  a->extend(Tokens(3), {});
+  BOOST_CHECK_THROW(a->extend(Tokens(1), {}), DriverError);
+  rig.backend->fail_no_more();
+  a->extend(Tokens(1), {});
+  BOOST_TEST(rig.holds(*a, 1, 0, 48));
+  BOOST_TEST(figures_add_up(rig));
+}
+
+// Long sequences grow by larger frames where there are any, so that fewer calls are needed.
+BOOST_AUTO_TEST_CASE(long_sequences_take_longer_strides) {
+  Rig rig({.n_pages = 1024, .largest_class = 3, .max_seq_len = 60'000});
+  const auto a = rig.cache->sequence(Tokens(0));
+  a->extend(Tokens(25 * 600), {});
+  const auto before = rig.backend->calls().of(Call::map).handles;
+  a->extend(Tokens(51), {});
+  const auto figures = rig.cache->figures();
+  BOOST_TEST(rig.backend->calls().of(Call::map).handles - before <= 2u);
+  BOOST_TEST((figures.ahead >= kTestPage));
+  BOOST_TEST((figures.ahead <= kTestPage * 8));
+  BOOST_TEST(figures_add_up(rig));
+}
+
+// Load: a thread that decodes, forks, truncates and releases while the background maps ahead.
+BOOST_AUTO_TEST_CASE(the_background_meets_every_other_call) {
+  Rig rig({.n_pages = 96, .layers_per_page = 1, .max_seqs = 6});
+  rig.store->background().start();
+  for (int round = 0; round < 40; ++round) {
+    auto a = rig.grown(1, 20 + round);
+    auto b = rig.grown(2, 45);
+    const auto batch = rig.cache->batch({a, b});
+    for (std::int64_t i = 0; i < 60; ++i) {
+      const std::int64_t at = a->length().value, bt = b->length().value;
+      batch->step(Tokens(1), {});
+      rig.write(*a, 1, at, at + 1);
+      rig.write(*b, 2, bt, bt + 1);
+      if (i % 20 == 10) {
+        const auto c = a->fork({});
+        BOOST_TEST(rig.holds(*c, 1, 0, at + 1));
+        b->truncate(Tokens(bt / 2), {});
+      }
+      if (i % 16 == 3) rig.cache->trim();
+      if (i % 8 == 0) std::this_thread::yield();
+    }
+    BOOST_TEST(rig.holds(*a, 1, 0, a->length().value));
+    BOOST_TEST(rig.holds(*b, 2, 0, b->length().value));
+    a->release({});
+  }
+  rig.store->background().stop();
+  BOOST_TEST(figures_add_up(rig));
+  BOOST_TEST(rig.backend->violations().empty());
+}
+
+BOOST_AUTO_TEST_SUITE_END()
+
+}  // namespace kvspan::test

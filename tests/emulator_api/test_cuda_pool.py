@@ -1,0 +1,156 @@
+"""Pools on "cuda:0" over the driver emulator (tests/emulator). Nothing here is a GPU result.
+
+Started by `make test-emulator`, which puts the emulator's libcuda.so.1 first on LD_LIBRARY_PATH.
+torch for the CPU cannot show the tensors, so bytes are read and written through the emulator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import kvspan
+
+
+def load_emulator() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return library if hasattr(library, "kvspan_emulator_reset") else None
+
+
+emulator = load_emulator()
+pytestmark = pytest.mark.skipif(
+    emulator is None, reason="the emulator's libcuda.so.1 is not first on LD_LIBRARY_PATH"
+)
+
+RECORD = 2 * 2 * 2 * 64 * 2  # layers, planes, heads, dim, bytes: 1 KiB a token
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """Start over, and look for what was done wrong or left behind."""
+    assert emulator is not None
+    assert emulator.kvspan_emulator_reset(None) == 0
+    yield
+    emulator.kvspan_emulator_violations.restype = ctypes.c_ulonglong
+    assert emulator.kvspan_emulator_violations() == 0
+    assert emulator.kvspan_emulator_reset(None) == 0  # refused unless the ledger is empty
+
+
+def cache_of(pool: kvspan.Pool, **options: object) -> kvspan.KVCache:
+    return kvspan.KVCache(pool, 2, 2, 64, torch.bfloat16, max_seqs=4, max_seq_len=65536, **options)
+
+
+def address(cache: kvspan.KVCache, sequence: kvspan.Sequence, position: int) -> int:
+    strides = 65536 + cache.overread_tokens
+    page = cache.pool.page_size
+    slot_bytes = -(-strides * RECORD // page) * page
+    return cache.view(0, 0).address + sequence.slot * slot_bytes + position * RECORD
+
+
+def poke(at: int, data: bytes) -> None:
+    assert emulator is not None
+    assert emulator.kvspan_emulator_poke(ctypes.c_ulonglong(at), data, len(data)) == 0
+
+
+def peek(at: int, n: int) -> bytes:
+    assert emulator is not None
+    out = ctypes.create_string_buffer(n)
+    assert emulator.kvspan_emulator_peek(ctypes.c_ulonglong(at), out, n) == 0
+    return out.raw
+
+
+def test_a_request_from_prompt_to_release() -> None:
+    with (
+        kvspan.Pool("cuda:0", capacity="256MiB", background=False) as pool,
+        cache_of(pool) as cache,
+    ):
+        assert cache.view(0, 0).__dlpack_device__() == (2, 0)
+        sequence = cache.sequence()
+        sequence.extend(10_000)
+        calls = cache.stats().calls
+        # 10,128 tokens of 1 KiB are five pages: a frame of four and one of one.
+        assert calls["map"] == (2, 2)
+        assert calls["set_access"].handles == 2
+        poke(address(cache, sequence, 9_999), b"last token")
+        for _ in range(112):
+            sequence.extend(1)
+        assert cache.stats().calls["map"] == (2, 2)
+        assert peek(address(cache, sequence, 9_999), 10) == b"last token"
+        sequence.release()
+
+
+def test_a_fork_shares_whole_frames_and_copies_the_rest() -> None:
+    with (
+        kvspan.Pool("cuda:0", capacity="256MiB", background=False) as pool,
+        cache_of(pool) as cache,
+    ):
+        parent = cache.sequence()
+        parent.extend(9_000)
+        poke(address(cache, parent, 100), b"shared")
+        poke(address(cache, parent, 8_999), b"tail")
+        child = parent.fork()
+        assert cache.stats().shared_bytes == 8 << 20
+        poke(address(cache, parent, 8_999), b"mine")
+        child.extend(1)
+        child.release()  # waits for nothing; what it shared stays with the parent
+        assert peek(address(cache, parent, 100), 6) == b"shared"
+        parent.truncate(50)
+        parent.extend(1)
+        parent.release()
+
+
+def test_the_background_maps_ahead() -> None:
+    with kvspan.Pool("cuda:0", capacity="256MiB") as pool, cache_of(pool) as cache:
+        sequence = cache.sequence()
+        sequence.extend(1)
+        for page in (1, 2, 3):
+            mappings = pool.stats().n_mappings
+            sequence.extend(2048 * page - 128 - 4 - len(sequence))  # four tokens of room
+            late = cache.stats().n_grown_late
+            deadline = time.monotonic() + 20
+            while pool.stats().n_mappings == mappings and time.monotonic() < deadline:
+                time.sleep(0.001)
+            for _ in range(8):
+                sequence.extend(1)
+            assert cache.stats().n_grown_late == late
+        assert pool.stats().free_bytes > 0  # frames that are ready
+        sequence.release()
+
+
+def test_running_out_of_memory_changes_nothing() -> None:
+    with kvspan.Pool("cuda:0", capacity="16MiB", background=False) as pool, cache_of(pool) as cache:
+        sequence = cache.sequence()
+        sequence.extend(8_000)
+        before = cache.stats().mapped_bytes
+        with pytest.raises(kvspan.OutOfMemory, match="the pool's capacity is 16 MiB"):
+            sequence.extend(20_000)
+        assert (len(sequence), cache.stats().mapped_bytes) == (8_000, before)
+        sequence.release()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"device": "cuda:7"}, "there is no cuda:7: the driver sees"),
+        ({"page_size": "1MiB"}, "page_size on cuda:0 is a power of two from 2 MiB to 64 MiB"),
+        ({"peers": [0]}, "cuda:0 cannot be a peer of cuda:0"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, object], says: str) -> None:
+    with pytest.raises(kvspan.InvalidArgument, match=says):
+        kvspan.Pool(**{"device": "cuda:0", "capacity": "64MiB", **options})  # type: ignore[arg-type]
+
+
+def test_a_cache_that_reads_as_zeros_is_refused_and_says_what_to_do() -> None:
+    with (
+        kvspan.Pool("cuda:0", capacity="64MiB", background=False) as pool,
+        pytest.raises(kvspan.InvalidArgument, match='use unmapped="fault"'),
+    ):
+        kvspan.KVCache(pool, 1, 1, 64, max_seqs=1, max_seq_len=64, unmapped="zero")

@@ -1,0 +1,88 @@
+// The mapper's policy: which pages are mapped before they are needed. It runs on the pool's
+// background thread (span/background.hpp), beside the steps of the sequences it works for.
+//
+// A sequence that has room for fewer than `kLookahead` more tokens gets its next page, or, when it
+// is long, its next stride of pages. Only pages that nobody has touched yet are mapped, so no work
+// on the device can be in the way; nothing is taken from others for it; what does not work out is
+// left to the call that needs it, which also reports it.
+#include <algorithm>
+
+#include "cache/cache.hpp"
+
+namespace kvspan {
+
+namespace {
+
+// Decoding makes a token in some 5 to 30 ms, a turn with a page for each of 256 sequences takes 10
+// to 20 ms: enough, and half a page of Llama-3-8B's (16 tokens), which is the waste that it costs.
+constexpr Tokens kLookahead{8};
+
+}  // namespace
+
+WorkDone Cache::work_ahead() noexcept {
+  WorkDone done;
+  std::vector<std::shared_ptr<SequenceState>> growing;
+  try {
+    const std::scoped_lock lock(mutex_);
+    for (const Slot& s : slots_) {
+      if (!s.live) continue;
+      done.is_idle = false;
+      // Relaxed: a first look, which map_next repeats under the lock. An empty sequence is about to
+      // be given a prompt, and nobody knows of what length.
+      const std::int32_t length = s.live->length.load(std::memory_order_relaxed);
+      const std::int32_t capacity = s.live->capacity.load(std::memory_order_relaxed);
+      if (length > 0 && capacity - length < kLookahead.value) growing.push_back(s.live);
+    }
+  } catch (const std::bad_alloc&) {
+    return done;
+  }
+  // The shortest of room first.
+  std::ranges::stable_sort(growing, {}, [](const auto& state) {
+    return state->capacity.load(std::memory_order_relaxed) -
+           state->length.load(std::memory_order_relaxed);
+  });
+  for (const auto& state : growing) done.n_frames += map_next(*state) ? 1 : 0;
+  return done;
+}
+
+bool Cache::map_next(SequenceState& state) noexcept {
+  const std::unique_lock table(state.table, std::try_to_lock);
+  if (!table) return false;  // somebody is growing or shrinking it just now
+  const Claim claim = state.claim.load(std::memory_order_acquire);
+  if (claim != Claim::idle && claim != Claim::used) return false;
+  const Tokens longest = space_->options().max_seq_len;
+  const Tokens capacity(state.capacity.load(std::memory_order_relaxed));
+  if (capacity >= longest || capacity - state.tokens() >= kLookahead) return false;
+
+  try {
+    const Stream stream = store_->backend().own_stream();
+    Edit edit(*store_, space_->account(), stream, Effort::spare);
+    for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+      const Span& span = space_->span(state.slot, lane);
+      const PageRange range{
+          space_->page_of(lane, capacity),
+          stride_end(lane, span, space_->pages_with_overread(lane, capacity + Tokens(1)))};
+      for (Pages page = range.first; page < range.last; ++page) {
+        // Copying a shared page means unmapping it, which has to wait for work on the device.
+        if (span[page].is_backed() && space_->is_shared(span, page)) return false;
+      }
+      space_->back(edit, state.slot, lane, range);
+    }
+    if (edit.is_empty()) return false;
+    commit(edit);
+    if (edit.has_queued_work()) {
+      store_->backend().wait(store_->backend().record_fence(stream));
+    }
+    const std::scoped_lock lock(mutex_);
+    update_mapped(state.slot);
+    update_capacity(state);
+    note_ahead(state);
+    return true;
+  } catch (const std::exception&) {
+    // A span that broke on the way is found by the next call that claims the sequence.
+    if (space_->is_broken(state.slot)) state.is_lost = true;
+    return false;
+  }
+}
+
+}  // namespace kvspan

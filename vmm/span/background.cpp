@@ -1,0 +1,93 @@
+#include "span/background.hpp"
+
+#include <chrono>
+#include <system_error>
+
+#include "core/errors.hpp"
+#include "span/frame_store.hpp"
+
+namespace kvspan {
+
+namespace {
+
+// Between two turns. A decode step takes milliseconds and what is mapped ahead lasts several, so
+// this is often enough; a turn that finds nothing to do costs a few microseconds.
+constexpr std::chrono::microseconds kShortPause{500}, kLongPause{2000};
+
+}  // namespace
+
+Background::~Background() {
+  if (store_.backend().usable()) {
+    stop();
+  } else {
+    static_cast<void>(thread_.release());
+  }
+}
+
+void Background::start() {
+  const std::scoped_lock lock(sleep_);
+  if (thread_) return;
+  is_stopping_ = false;
+  try {
+    thread_ = std::make_unique<std::thread>([this] { run(); });
+  } catch (const std::system_error& e) {
+    throw CapacityError(std::string("the pool's background thread cannot be started (") + e.what() +
+                        "): raise the limit of threads (ulimit -u), or use background=False");
+  }
+}
+
+void Background::stop() noexcept {
+  std::unique_ptr<std::thread> thread;
+  {
+    const std::scoped_lock lock(sleep_);
+    is_stopping_ = true;
+    thread.swap(thread_);
+  }
+  woken_.notify_one();
+  if (thread) thread->join();
+}
+
+void Background::wake() noexcept {
+  {
+    const std::scoped_lock lock(sleep_);
+    if (!thread_ || is_woken_) return;
+    is_woken_ = true;
+  }
+  woken_.notify_one();
+}
+
+void Background::add(Worker* worker) {
+  const std::scoped_lock lock(turn_);
+  workers_.push_back(worker);
+}
+
+void Background::remove(Worker* worker) noexcept {
+  const std::scoped_lock lock(turn_);
+  std::erase(workers_, worker);
+}
+
+WorkDone Background::turn() noexcept {
+  const std::scoped_lock lock(turn_);
+  WorkDone done;
+  for (Worker* worker : workers_) done += worker->work_ahead();
+  done += store_.keep_ready();
+  return done;
+}
+
+void Background::run() noexcept {
+  for (;;) {
+    const WorkDone done = turn();
+    std::unique_lock lock(sleep_);
+    const auto is_over = [&] { return is_woken_ || is_stopping_; };
+    if (done.is_idle) {
+      woken_.wait(lock, is_over);
+    } else {
+      woken_.wait_for(lock, done.n_frames > 0 ? kShortPause : kLongPause,
+                      [&] { return is_stopping_; });
+    }
+    is_woken_ = false;
+    if (is_stopping_) return;
+  }
+}
+
+}  // namespace kvspan
