@@ -14,8 +14,9 @@ struct Latency {
   bool takes_lock;
 };
 
-// Published for an A100 at 2 MiB a handle (FACTS): create, map, set-access, unmap. All others are
-// ASSUMPTIONS of the right order of magnitude: nobody measured them for this project.
+// Published for an A100 at 2 MiB a handle (kvcached bench_vmm; vAttention, table 3): create, map,
+// set-access, unmap. All others are ASSUMPTIONS of the right order of magnitude: nobody measured
+// them for this project.
 constexpr std::array kLatencies = {
     Latency{"cuMemCreate", 193, true},                    // per handle
     Latency{"cuMemMap", 1.75, true},                      // published: 1.5 to 2
