@@ -179,6 +179,7 @@ def test_stats_count_calls_by_name(cache: KVCache) -> None:
     assert set(cache.stats().calls) == {
         *("reserve", "free", "create", "release", "map", "set_access", "unmap"),
         *("copy", "fill", "record_fence", "wait_fence", "order_after"),
+        *("export_frame", "import_frame"),
     }
     sequence = cache.sequence()
     sequence.extend(100)

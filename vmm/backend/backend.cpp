@@ -29,6 +29,16 @@ void Backend::release(FrameRun run) noexcept {
   do_release(run);
 }
 
+ExportedFrame Backend::export_frame(FrameId frame) {
+  calls_.add(Call::export_frame, 1);
+  return do_export_frame(frame);
+}
+
+void Backend::import_frame(FrameId frame, const ExportedFrame& exported) {
+  calls_.add(Call::import_frame, 1);
+  do_import_frame(frame, exported);
+}
+
 void Backend::map(Address at, FrameRun run, Access access) {
   count(calls_, Call::map, run.count);
   do_map(at, run, access);

@@ -5,7 +5,7 @@
 // and what a sequence is are decided above, in one code for every device.
 //
 //   reservation   free address space --reserve--> reserved --free--> free address space
-//   frame         absent --create--> present --release--> absent
+//   frame         absent --create, import_frame--> present --release--> absent
 //   page          unbacked --map--> backed --unmap--> unbacked
 //
 // Failure: a function that throws has changed nothing. What it throws: `OutOfMemory` when physical
@@ -89,6 +89,14 @@ struct HugePages {
   std::string refusal;  // why the last frame that is not huge is not; empty when all are
 };
 
+// A frame as another process can have it: the descriptor keeps its memory, and whoever has got one
+// closes it. It is closed at exec, and passed on by inheritance, SCM_RIGHTS or pidfd_getfd(2).
+struct ExportedFrame {
+  int fd = -1;
+  Bytes offset;  // of the frame in what the descriptor stands for
+  Bytes size;
+};
+
 // A small array that the host fills and kernels read, at an address that never changes. It may
 // outlive its backend.
 class Mirror {
@@ -134,6 +142,15 @@ class Backend {
   // Takes the physical memory away. No frame of the run may be mapped.
   void release(FrameRun run) noexcept;
 
+  // Lets other backends, of this process or another, have the frame as well. It must stay present
+  // here until all of them have released it. Throws InvalidArgument when frames cannot be exported.
+  ExportedFrame export_frame(FrameId frame);
+
+  // Gives an absent frame the memory of somebody else's frame of the same size, with the bytes that
+  // are in it. The descriptor stays the caller's. Releasing such a frame only lets go of it, and
+  // its memory is none of this backend's figures. Throws InvalidArgument when it cannot be that.
+  void import_frame(FrameId frame, const ExportedFrame& exported);
+
   // Maps the frames of `run` one behind the other at `at` and grants `access`. The pages there are
   // unbacked. One call however many frames, if the device can.
   void map(Address at, FrameRun run, Access access);
@@ -176,7 +193,9 @@ class Backend {
   std::uint64_t mappings() const noexcept { return mappings_.load(std::memory_order_relaxed); }
 
   // How often a noexcept function failed, and what the last one reported.
-  std::uint64_t failure_count() const noexcept { return failures_.load(std::memory_order_relaxed); }
+  std::uint64_t failure_count() const noexcept {
+    return failures_.load(std::memory_order_relaxed) + failures_elsewhere();
+  }
 
  protected:
   void report_failure() noexcept { failures_.fetch_add(1, std::memory_order_relaxed); }
@@ -186,6 +205,8 @@ class Backend {
   virtual void do_free(VirtualRange range) noexcept = 0;
   virtual void do_create(FrameRun run) = 0;
   virtual void do_release(FrameRun run) noexcept = 0;
+  virtual ExportedFrame do_export_frame(FrameId frame) = 0;
+  virtual void do_import_frame(FrameId frame, const ExportedFrame& exported) = 0;
   virtual void do_map(Address at, FrameRun run, Access access) = 0;
   virtual void do_set_access(VirtualRange range, Access access) = 0;
   virtual void do_unmap(VirtualRange range, std::uint32_t handles) = 0;
@@ -194,6 +215,8 @@ class Backend {
   virtual Fence do_record_fence(Stream stream) = 0;
   virtual void do_wait(Fence fence) = 0;
   virtual void do_order_after(Stream stream, Fence fence) = 0;
+  // What parts of the backend that may outlive it have counted.
+  virtual std::uint64_t failures_elsewhere() const noexcept { return 0; }
 
   CallCounters calls_;
   std::atomic<std::uint64_t> mappings_{0};  // relaxed: only read as a figure

@@ -23,13 +23,15 @@ enum class Call : std::uint8_t {
   record_fence,
   wait_fence,
   order_after,
+  export_frame,
+  import_frame,
 };
 
-inline constexpr std::size_t kCalls = 12;
+inline constexpr std::size_t kCalls = 14;
 
 constexpr std::array<std::string_view, kCalls> kCallNames = {
-    "reserve", "free", "create", "release",      "map",        "set_access",
-    "unmap",   "copy", "fill",   "record_fence", "wait_fence", "order_after"};
+    "reserve", "free", "create",       "release",    "map",         "set_access",   "unmap",
+    "copy",    "fill", "record_fence", "wait_fence", "order_after", "export_frame", "import_frame"};
 
 struct CallCount {
   std::uint64_t calls = 0;

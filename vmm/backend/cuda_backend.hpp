@@ -11,8 +11,9 @@
 namespace kvspan {
 
 struct CudaOptions {
-  int ordinal = 0;              // of the device
-  Bytes page_size{2ull << 20};  // power of two, a multiple of the driver's granularity
+  int ordinal = 0;  // of the device
+  // Power of two, a multiple of the driver's granularity; 0: what the driver recommends.
+  Bytes page_size{2ull << 20};
   Bytes capacity{};             // the most memory that frames may take, a multiple of the page size
   SizeClass largest_class{};    // the largest frames that will be created
   std::vector<int> peers{};     // other devices that may read and write the frames

@@ -26,6 +26,34 @@ Context::Context(int ordinal) : api_(driver()) {
         "cannot use cuda:" + std::to_string(ordinal));
 }
 
-Context::~Context() { api_.cuDevicePrimaryCtxRelease(device_); }
+Context::~Context() { api_.cuDevicePrimaryCtxRelease(device_); }  // nobody is left to be told
+
+CUresult Current::enter(const char** call) noexcept {
+  const Driver& api = context_.api();
+  CUcontext now = nullptr;
+  *call = "cuCtxGetCurrent";
+  CUresult result = api.cuCtxGetCurrent(&now);
+  if (result != CUDA_SUCCESS || now == context_.handle()) return result;
+  *call = "cuCtxPushCurrent";
+  result = api.cuCtxPushCurrent(context_.handle());
+  is_pushed_ = result == CUDA_SUCCESS;
+  return result;
+}
+
+Current::Current(const Context& context) : context_(context) {
+  const char* call = nullptr;
+  const CUresult result = enter(&call);
+  check(context.api(), result, call, "cannot use the device's context on this thread");
+}
+
+Current::Current(const Context& context, std::nothrow_t) noexcept : context_(context) {
+  const char* call = nullptr;
+  context.report_unless(enter(&call));
+}
+
+Current::~Current() {
+  CUcontext ours = nullptr;
+  if (is_pushed_) context_.report_unless(context_.api().cuCtxPopCurrent(&ours));
+}
 
 }  // namespace kvspan::cuda

@@ -1,6 +1,13 @@
 // The primary context of a device, which torch and everybody else in the process use too, and a
 // guard that makes it current on the calling thread for as long as a call lasts.
+//
+// Parts of the backend share a context and may outlive the backend, so it is the context that
+// counts what release paths could not do.
 #pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <new>
 
 #include "backend/cuda_driver.hpp"
 
@@ -18,29 +25,35 @@ class Context {
   CUdevice device() const noexcept { return device_; }
   CUcontext handle() const noexcept { return handle_; }
 
+  // For release paths: a call that failed is counted, and what it should have released leaks.
+  void report_unless(CUresult result) const noexcept {
+    // Relaxed: a figure, it orders nothing.
+    if (result != CUDA_SUCCESS) failures_.fetch_add(1, std::memory_order_relaxed);
+  }
+  std::uint64_t failures() const noexcept { return failures_.load(std::memory_order_relaxed); }
+
  private:
   const Driver& api_;
   CUdevice device_ = 0;
   CUcontext handle_ = nullptr;
+  mutable std::atomic<std::uint64_t> failures_{0};
 };
 
-// Leaves the thread's own context as it was. A failure shows in the calls that follow.
+// Leaves the thread's own context as it was; pushes nothing where ours is current already.
 class Current {
  public:
-  explicit Current(const Context& context) noexcept : api_(context.api()) {
-    CUcontext now = nullptr;
-    api_.cuCtxGetCurrent(&now);
-    is_pushed_ = now != context.handle() && api_.cuCtxPushCurrent(context.handle()) == CUDA_SUCCESS;
-  }
+  // Throws DriverError: nothing must be done in a context that may be another one.
+  explicit Current(const Context& context);
+  // For release paths, which go on: what they release is named by handle, in whatever context.
+  Current(const Context& context, std::nothrow_t) noexcept;
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
-  ~Current() {
-    CUcontext ours = nullptr;
-    if (is_pushed_) api_.cuCtxPopCurrent(&ours);
-  }
+  ~Current();
 
  private:
-  const Driver& api_;
+  CUresult enter(const char** call) noexcept;
+
+  const Context& context_;
   bool is_pushed_ = false;
 };
 

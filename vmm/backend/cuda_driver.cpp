@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 
 namespace kvspan::cuda {
 
@@ -19,16 +20,13 @@ static_assert(offsetof(CUmemAllocationProp, requestedHandleTypes) == 4);
 static_assert(offsetof(CUmemAllocationProp, location) == 8);
 static_assert(offsetof(CUmemAllocationProp, win32HandleMetaData) == 16);
 
-constexpr int kLeastVersion = 11030;  // the first with cuGetProcAddress
+// cuGetProcAddress came with 11.3; 11.4 (R470) is the first long-term branch that has it.
+constexpr int kLeastVersion = 11040;
 constexpr const char* kAdvice = "; update NVIDIA's driver, or use device=\"cpu\", which needs none";
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
-
-// cuGetProcAddress as it was in 11.3: the later one with a query result is asked for only through
-// it, and not needed.
-using GetProcAddress = CUresult (*)(const char*, void**, int, cuuint64_t);
 
 void* open_library() {
   // Never closed: threads of the driver may run in it until the process ends.
@@ -47,14 +45,22 @@ F symbol(void* library, const char* name) {
   return reinterpret_cast<F>(dlsym(library, name));
 }
 
+// cuGetProcAddress, which 12.0 gave one more argument under a new name.
 class Lookup {
  public:
-  Lookup(GetProcAddress get, int version) : get_(get), version_(version) {}
+  Lookup(void* library, int version)
+      : v2_(symbol<PFN_cuGetProcAddress_v12000>(library, "cuGetProcAddress_v2")),
+        v1_(symbol<PFN_cuGetProcAddress_v11030>(library, "cuGetProcAddress")),
+        version_(version) {}
+
+  bool works() const { return v2_ != nullptr || v1_ != nullptr; }
 
   template <class F>
   void operator()(F& function, const char* name, int since) const {
     void* found = nullptr;
-    const CUresult result = get_(name, &found, since, CU_GET_PROC_ADDRESS_DEFAULT);
+    const CUresult result = v2_ != nullptr
+                                ? v2_(name, &found, since, CU_GET_PROC_ADDRESS_DEFAULT, nullptr)
+                                : v1_(name, &found, since, CU_GET_PROC_ADDRESS_DEFAULT);
     if (result != CUDA_SUCCESS || found == nullptr) {
       throw DriverError("cuGetProcAddress", name,
                         "the CUDA driver (version " + version_text(version_) + ") lacks " + name +
@@ -64,7 +70,8 @@ class Lookup {
   }
 
  private:
-  const GetProcAddress get_;
+  const PFN_cuGetProcAddress_v12000 v2_;
+  const PFN_cuGetProcAddress_v11030 v1_;
   const int version_;
 };
 
@@ -73,8 +80,8 @@ std::unique_ptr<Driver> load() {
   int version = 0;
   const auto get_version = symbol<CUresult (*)(int*)>(library, "cuDriverGetVersion");
   if (get_version != nullptr) get_version(&version);
-  const auto get = symbol<GetProcAddress>(library, "cuGetProcAddress");
-  if (version < kLeastVersion || get == nullptr) {
+  const Lookup look_up(library, version);
+  if (version < kLeastVersion || !look_up.works()) {
     throw DriverError("cuDriverGetVersion", "too old",
                       "the CUDA driver is of version " + version_text(version) + ", and " +
                           version_text(kLeastVersion) + " is the oldest that can be used" +
@@ -82,8 +89,10 @@ std::unique_ptr<Driver> load() {
   }
 
   auto d = std::make_unique<Driver>();
-  const Lookup look_up(get, version);
-#define KVSPAN_LOOK_UP(name, since) look_up(d->name, #name, since)
+// The table's signature is the one that the header has for that version.
+#define KVSPAN_LOOK_UP(name, since)                                        \
+  static_assert(std::is_same_v<decltype(d->name), PFN_##name##_v##since>); \
+  look_up(d->name, #name, since)
   KVSPAN_LOOK_UP(cuInit, 2000);
   KVSPAN_LOOK_UP(cuDriverGetVersion, 2020);
   KVSPAN_LOOK_UP(cuGetErrorName, 6000);
@@ -107,6 +116,8 @@ std::unique_ptr<Driver> load() {
   KVSPAN_LOOK_UP(cuMemMap, 10020);
   KVSPAN_LOOK_UP(cuMemUnmap, 10020);
   KVSPAN_LOOK_UP(cuMemSetAccess, 10020);
+  KVSPAN_LOOK_UP(cuMemExportToShareableHandle, 10020);
+  KVSPAN_LOOK_UP(cuMemImportFromShareableHandle, 10020);
   KVSPAN_LOOK_UP(cuMemAlloc, 3020);
   KVSPAN_LOOK_UP(cuMemFree, 3020);
   KVSPAN_LOOK_UP(cuMemHostAlloc, 2020);

@@ -13,8 +13,9 @@ constexpr std::size_t kReapPerRecord = 4;
 }  // namespace
 
 Fences::~Fences() {
-  for (const Recorded& r : recorded_) api_.cuEventDestroy(r.event);
-  for (const CUevent event : idle_) api_.cuEventDestroy(event);
+  const Current current(context_, std::nothrow);
+  for (const Recorded& r : recorded_) context_.report_unless(api_.cuEventDestroy(r.event));
+  for (const CUevent event : idle_) context_.report_unless(api_.cuEventDestroy(event));
 }
 
 CUevent Fences::idle_event() {
@@ -33,12 +34,19 @@ Fence Fences::record(CUstream stream) {
   const std::scoped_lock lock(mutex_);
   reap();
   idle_.reserve(idle_.size() + recorded_.size() + 1);  // giving events back cannot fail
-  const CUevent event = idle_event();
-  if (const CUresult result = api_.cuEventRecord(event, stream); result != CUDA_SUCCESS) {
-    idle_.push_back(event);
+  Recorded& recorded = recorded_.emplace_back();
+  try {
+    recorded.event = idle_event();
+  } catch (...) {
+    recorded_.pop_back();
+    throw;
+  }
+  if (const CUresult result = api_.cuEventRecord(recorded.event, stream); result != CUDA_SUCCESS) {
+    idle_.push_back(recorded.event);
+    recorded_.pop_back();
     throw_error(api_, "cuEventRecord", result, "cannot record a fence on the stream");
   }
-  recorded_.push_back({++last_id_, event});
+  recorded.id = ++last_id_;
   return {last_id_};
 }
 
@@ -65,7 +73,9 @@ bool Fences::is_passed(Fence fence) noexcept {
   const std::scoped_lock lock(mutex_);
   Recorded* const recorded = find(fence.id);
   if (recorded == nullptr) return true;
-  return api_.cuEventQuery(recorded->event) == CUDA_SUCCESS;
+  const CUresult result = api_.cuEventQuery(recorded->event);
+  if (result != CUDA_ERROR_NOT_READY) context_.report_unless(result);
+  return result == CUDA_SUCCESS;
 }
 
 void Fences::wait(Fence fence) {

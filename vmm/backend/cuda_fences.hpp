@@ -12,28 +12,29 @@
 #include <vector>
 
 #include "backend/backend.hpp"
-#include "backend/cuda_driver.hpp"
+#include "backend/cuda_context.hpp"
 
 namespace kvspan::cuda {
 
 class Fences {
  public:
-  explicit Fences(const Driver& api) : api_(api) {}
+  explicit Fences(const Context& context) : context_(context), api_(context.api()) {}
   Fences(const Fences&) = delete;
   Fences& operator=(const Fences&) = delete;
   ~Fences();
 
   // Throws DriverError.
   Fence record(CUstream stream);
-  // False also when the driver cannot tell: better to wait for ever than to reuse too early.
+  // False also when the driver cannot tell, which is reported: better to wait for ever than to
+  // reuse too early.
   bool is_passed(Fence fence) noexcept;
   void wait(Fence fence);
   void order_after(CUstream stream, Fence fence);
 
  private:
   struct Recorded {
-    std::uint64_t id;
-    CUevent event;
+    std::uint64_t id = 0;
+    CUevent event = nullptr;
     std::uint32_t n_waiting = 0;  // somebody is inside a wait: not to be used again yet
   };
 
@@ -41,6 +42,7 @@ class Fences {
   Recorded* find(std::uint64_t id) noexcept;
   void reap() noexcept;
 
+  const Context& context_;
   const Driver& api_;
   std::mutex mutex_;  // guards what follows
   std::uint64_t last_id_ = 0;

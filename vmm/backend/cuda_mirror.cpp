@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "backend/host_fork.hpp"
+#include "core/sizes.hpp"
 
 namespace kvspan::cuda {
 
@@ -13,30 +14,35 @@ CudaMirror::CudaMirror(std::shared_ptr<void> owner, const Context& context, Fenc
       context_(context),
       fences_(fences),
       bytes_(size.value) {
-  const Driver& api = context.api();
-  const auto allocated = [&](CUresult result, const char* call) {
-    if (result == CUDA_SUCCESS) return;
-    free();
-    if (result == CUDA_ERROR_OUT_OF_MEMORY) {
-      throw OutOfMemory(size, Bytes(0), Bytes(0),
-                        std::string(call) +
-                            " has no memory for a batch's arrays: leave more of the "
-                            "device to others (`reserve`), or make a smaller pool");
-    }
-    throw_error(api, call, result, "cannot make the arrays of a batch");
-  };
   const Current current(context);
-  allocated(api.cuMemAlloc(&device_, size.value), "cuMemAlloc");
-  for (Buffer& buffer : ring_) {
-    allocated(api.cuMemHostAlloc(&buffer.pinned, size.value, CU_MEMHOSTALLOC_PORTABLE),
-              "cuMemHostAlloc");
-  }
   try {
-    publish({});  // zeros
+    allocate(size);
+    publish({});               // zeros,
+    fences_.wait(copied_[0]);  // before whatever is published on another stream
   } catch (...) {
-    free();
+    tear_down();
     throw;
   }
+}
+
+void CudaMirror::allocate(Bytes size) {
+  const Driver& api = context_.api();
+  const auto require = [&](CUresult result, const char* call, Bytes asked) {
+    if (result == CUDA_ERROR_OUT_OF_MEMORY) {
+      std::size_t free = 0, total = 0;
+      api.cuMemGetInfo(&free, &total);  // for the message only: zero where it fails
+      throw OutOfMemory(asked, Bytes(free), Bytes(0),
+                        std::string(call) +
+                            " has no memory for a batch's arrays: leave more of the device to "
+                            "others (`reserve`), or make a smaller pool");
+    }
+    check(api, result, call, "cannot make a batch's arrays of " + to_string(asked));
+  };
+  require(api.cuMemAlloc(&device_, size.value), "cuMemAlloc", size);
+  void* pinned = nullptr;
+  require(api.cuMemHostAlloc(&pinned, size.value * kBuffers, CU_MEMHOSTALLOC_PORTABLE),
+          "cuMemHostAlloc", size * kBuffers);
+  pinned_ = static_cast<std::byte*>(pinned);
 }
 
 CudaMirror::~CudaMirror() {
@@ -45,42 +51,40 @@ CudaMirror::~CudaMirror() {
     static_cast<void>(new std::shared_ptr<void>(std::move(owner_)));
     return;
   }
-  const Current current(context_);
-  for (const Buffer& buffer : ring_) {
-    try {
-      fences_.wait(buffer.copied);
-    } catch (const Error&) {
-      // A copy that failed is over as well.
-    }
-  }
-  free();
+  const Current current(context_, std::nothrow);
+  tear_down();
 }
 
-void CudaMirror::free() noexcept {
+void CudaMirror::tear_down() noexcept {
   const Driver& api = context_.api();
-  for (const Buffer& buffer : ring_) {
-    if (buffer.pinned != nullptr) api.cuMemFreeHost(buffer.pinned);
+  try {
+    for (const Fence fence : copied_) fences_.wait(fence);
+  } catch (const Error&) {
+    context_.report_unless(CUDA_ERROR_UNKNOWN);
+    if (api.cuCtxSynchronize() != CUDA_SUCCESS) return;  // the copies may still read: it leaks
   }
-  if (device_ != 0) api.cuMemFree(device_);
+  if (pinned_ != nullptr) context_.report_unless(api.cuMemFreeHost(pinned_));
+  if (device_ != 0) context_.report_unless(api.cuMemFree(device_));
 }
 
 void CudaMirror::publish(Stream stream) {
   const std::scoped_lock lock(mutex_);
   const Current current(context_);
   const Driver& api = context_.api();
-  Buffer& buffer = ring_[next_];
-  fences_.wait(buffer.copied);  // of eight publications ago: done, as a rule
-  std::memcpy(buffer.pinned, bytes_.data(), bytes_.size());
+  fences_.wait(copied_[next_]);  // of a ring of publications ago: done, as a rule
+  std::byte* const buffer = pinned_ + next_ * bytes_.size();
+  std::memcpy(buffer, bytes_.data(), bytes_.size());
   const auto on = reinterpret_cast<CUstream>(stream.handle);
-  check(api, api.cuMemcpyHtoDAsync(device_, buffer.pinned, bytes_.size(), on), "cuMemcpyHtoDAsync",
+  check(api, api.cuMemcpyHtoDAsync(device_, buffer, bytes_.size(), on), "cuMemcpyHtoDAsync",
         "cannot bring a batch's arrays up to date");
-  next_ = (next_ + 1) % ring_.size();
   try {
-    buffer.copied = fences_.record(on);
+    copied_[next_] = fences_.record(on);
   } catch (...) {
-    api.cuStreamSynchronize(on);  // without a fence nobody could tell when the buffer is free again
+    // Without a fence nobody could tell when the buffer is free again.
+    context_.report_unless(api.cuStreamSynchronize(on));
     throw;
   }
+  next_ = (next_ + 1) % kBuffers;
 }
 
 }  // namespace kvspan::cuda

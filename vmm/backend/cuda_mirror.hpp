@@ -3,9 +3,11 @@
 //
 // A copy reads its source when the stream comes to it, while the host goes on filling the next one;
 // so what is published goes through a ring of pinned buffers, each with the fence of its last copy.
+// A host that is a whole ring ahead of the stream waits.
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -17,7 +19,7 @@ namespace kvspan::cuda {
 
 class CudaMirror final : public Mirror {
  public:
-  // `owner` keeps the context and the fences.
+  // `owner` keeps the context and the fences. Throws OutOfMemory, DriverError.
   CudaMirror(std::shared_ptr<void> owner, const Context& context, Fences& fences, Bytes size);
   ~CudaMirror() override;
 
@@ -26,12 +28,11 @@ class CudaMirror final : public Mirror {
   void publish(Stream stream) override;
 
  private:
-  struct Buffer {
-    void* pinned = nullptr;
-    Fence copied;
-  };
+  static constexpr std::size_t kBuffers = 8;
 
-  void free() noexcept;
+  void allocate(Bytes size);
+  // Waits for the copies that read the ring, and gives everything back.
+  void tear_down() noexcept;
 
   std::shared_ptr<void> owner_;
   const std::uint64_t generation_;
@@ -39,9 +40,10 @@ class CudaMirror final : public Mirror {
   Fences& fences_;
   std::vector<std::byte> bytes_;
   CUdeviceptr device_ = 0;
+  std::byte* pinned_ = nullptr;  // the ring's buffers, one behind the other
 
   std::mutex mutex_;  // guards what follows
-  std::array<Buffer, 8> ring_;
+  std::array<Fence, kBuffers> copied_{};
   std::size_t next_ = 0;
 };
 

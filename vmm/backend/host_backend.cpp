@@ -14,6 +14,7 @@
 
 #include "backend/host_fork.hpp"
 #include "backend/host_huge.hpp"
+#include "backend/host_imports.hpp"
 #include "backend/host_internal.hpp"
 #include "backend/host_mappings.hpp"
 #include "backend/host_memory.hpp"
@@ -132,8 +133,12 @@ class HostBackend final : public Backend {
 
     std::unique_ptr<MemoryGauge> gauge;
     Memfd file;
+    HostImports imports;
     SpareMappings spare;
     std::atomic<std::uint64_t> huge{0}, small{0};  // bytes of frames; relaxed, only summed
+    // Per class and frame, whether it was created (not: imported). An entry belongs to who creates,
+    // releases or exports the frame.
+    std::vector<std::unique_ptr<bool[]>> present;
     // Per class and frame, how many of its bytes are huge. A frame's entry belongs to who creates
     // or releases it. Empty when there are no huge pages to be had.
     std::vector<std::unique_ptr<std::uint64_t[]>> huge_bytes;
@@ -147,6 +152,8 @@ class HostBackend final : public Backend {
   void do_free(VirtualRange range) noexcept override;
   void do_create(FrameRun run) override;
   void do_release(FrameRun run) noexcept override;
+  ExportedFrame do_export_frame(FrameId frame) override;
+  void do_import_frame(FrameId frame, const ExportedFrame& exported) override;
   void do_map(Address at, FrameRun run, Access access) override;
   void do_set_access(VirtualRange range, Access access) override;
   void do_unmap(VirtualRange range, std::uint32_t) override;
@@ -159,6 +166,12 @@ class HostBackend final : public Backend {
   void require_usable() const;
   bool is_run(FrameRun run) const noexcept;
   Extent extent_of(FrameRun run) const;
+  bool* presence_of(FrameRun run) const noexcept {
+    return &state_->present[run.first.size_class().value][run.first.index()];
+  }
+  template <class F>
+  void for_each_piece(FrameRun run, F f) const;
+  void release_own(FrameRun run) noexcept;
   Unmapped policy_of(VirtualRange range) const;
   void set_refusal(const std::string& why);
   void note_huge(FrameRun run, Bytes huge) noexcept;
@@ -184,8 +197,11 @@ std::string why_no_huge_pages(const HostOptions& o) {
 // adjacent ids are adjacent in it. What has no memory behind it costs nothing.
 HostBackend::State::State(const HostOptions& o, std::unique_ptr<MemoryGauge> g)
     : gauge(std::move(g)), file(o.capacity * (std::uint64_t{o.largest_class.value} + 1)) {
-  if (!why_no_huge_pages(o).empty()) return;
   const std::uint64_t pages = o.capacity.value / o.page_size.value;
+  for (unsigned c = 0; c <= o.largest_class.value; ++c) {
+    present.push_back(std::make_unique<bool[]>(pages >> c));
+  }
+  if (!why_no_huge_pages(o).empty()) return;
   for (unsigned c = 0; c <= o.largest_class.value; ++c) {
     huge_bytes.push_back(std::make_unique<std::uint64_t[]>(pages >> c));
   }
@@ -241,6 +257,28 @@ Extent HostBackend::extent_of(FrameRun run) const {
   const SizeClass c = run.first.size_class();
   const Bytes frame = size_of(pages_of(c), traits_.page_size);
   return {capacity_ * c.value + frame * run.first.index(), frame * run.count};
+}
+
+// Calls f(run, descriptor, offset, is_imported) for the pieces of a run that lie in one piece in
+// one file, in order: one piece as a rule.
+template <class F>
+void HostBackend::for_each_piece(FrameRun run, F f) const {
+  FrameRun own{run.first, run.count};
+  if (state_->imports.any()) {
+    own.count = 0;
+    for (std::uint32_t i = 0; i < run.count; ++i) {
+      const FrameId frame = run.first.next(i);
+      const auto import = state_->imports.find(frame);
+      if (!import) {
+        ++own.count;
+        continue;
+      }
+      if (own.count > 0) f(own, state_->file.fd(), extent_of(own).offset, false);
+      f(FrameRun{frame, 1}, import->fd, import->offset, true);
+      own = {frame.next(), 0};
+    }
+  }
+  if (own.count > 0) f(own, state_->file.fd(), extent_of(own).offset, false);
 }
 
 Unmapped HostBackend::policy_of(VirtualRange range) const {
@@ -324,6 +362,7 @@ void HostBackend::do_create(FrameRun run) {
     set_refusal(huge.refusal);
   }
   note_huge(run, huge.size);
+  std::fill_n(presence_of(run), run.count, true);
 }
 
 void HostBackend::do_release(FrameRun run) noexcept {
@@ -332,6 +371,17 @@ void HostBackend::do_release(FrameRun run) noexcept {
     report_failure();
     return;
   }
+  for_each_piece(run, [&](FrameRun piece, int, Bytes, bool is_imported) {
+    if (is_imported) {
+      state_->imports.remove(piece.first);
+    } else {
+      release_own(piece);
+    }
+  });
+}
+
+void HostBackend::release_own(FrameRun run) noexcept {
+  std::fill_n(presence_of(run), run.count, false);
   const Extent extent = extent_of(run);
   if (!punch(state_->file.fd(), extent.offset, extent.size)) {
     report_failure();  // the frames keep their memory, and the figures say so
@@ -346,6 +396,37 @@ void HostBackend::do_release(FrameRun run) noexcept {
   state_->small.fetch_sub((extent.size - huge).value, std::memory_order_relaxed);
 }
 
+ExportedFrame HostBackend::do_export_frame(FrameId frame) {
+  require_usable();
+  if (!is_run({frame, 1})) throw InvalidArgument("export_frame: no such frame in this pool");
+  Extent extent = extent_of({frame, 1});
+  int fd = state_->file.fd();
+  if (const auto import = state_->imports.find(frame)) {
+    fd = import->fd;
+    extent.offset = import->offset;
+  } else if (!*presence_of({frame, 1})) {
+    throw InvalidArgument("export_frame: the frame is not there");
+  }
+  const int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+  if (copy < 0) throw system_error("fcntl", errno, "cannot make a descriptor of a frame");
+  return {copy, extent.offset, extent.size};
+}
+
+void HostBackend::do_import_frame(FrameId frame, const ExportedFrame& exported) {
+  require_usable();
+  if (!is_run({frame, 1})) throw InvalidArgument("import_frame: no such frame in this pool");
+  const Extent extent = extent_of({frame, 1});
+  if (exported.size != extent.size || exported.offset.value % traits_.page_size.value != 0) {
+    throw InvalidArgument("a frame of " + to_string(extent.size) + " cannot be imported from " +
+                          to_string(exported.size) + " at offset " + to_string(exported.offset) +
+                          ": both pools need the same page_size, and frames of one class");
+  }
+  if (*presence_of({frame, 1})) {
+    throw InvalidArgument("a frame that is present already cannot be imported");
+  }
+  state_->imports.add(frame, exported);
+}
+
 void HostBackend::do_map(Address at, FrameRun run, Access access) {
   require_usable();
   if (!is_run(run)) throw InvalidArgument("map: no such frames in this pool");
@@ -354,14 +435,22 @@ void HostBackend::do_map(Address at, FrameRun run, Access access) {
   const Unmapped policy = policy_of(range);
   if (!state_->spare.hold()) throw_mapping_error("mmap", errno, extent.size);
 
-  // Populated, so that no kernel that reads or writes these pages meets a fault.
-  if (mmap(pointer(at), extent.size.value, protection_of(access),
-           MAP_SHARED | MAP_FIXED | MAP_POPULATE, state_->file.fd(),
-           static_cast<off_t>(extent.offset.value)) != MAP_FAILED) {
-    return;
-  }
-  const int error_number = errno;
-  if (has_hole(range) && !restore_unmapped(range, policy)) report_failure();
+  Address next = at;
+  int error_number = 0;
+  for_each_piece(run, [&](FrameRun piece, int fd, Bytes offset, bool) {
+    if (error_number != 0) return;
+    const Bytes size = extent_of(piece).size;
+    // Populated, so that no kernel that reads or writes these pages meets a fault.
+    if (mmap(pointer(next), size.value, protection_of(access),
+             MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd,
+             static_cast<off_t>(offset.value)) == MAP_FAILED) {
+      error_number = errno;
+    } else {
+      next = next + size;
+    }
+  });
+  if (error_number == 0) return;
+  if ((next != at || has_hole(range)) && !restore_unmapped(range, policy)) report_failure();
   throw_mapping_error("mmap", error_number, extent.size);
 }
 

@@ -1,5 +1,6 @@
 #include "backend/host_fork.hpp"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -101,6 +102,16 @@ int open_memfd(const char* name) {
   if (fd < 0 && errno == EINVAL) fd = memfd_create(name, MFD_CLOEXEC);  // before Linux 6.3
   if (fd >= 0) r.fds.push_back(fd);
   return fd;
+}
+
+int duplicate_memfd(int fd) {
+  install_handlers();
+  Registry& r = registry();
+  std::scoped_lock lock(r.mutex);
+  r.fds.reserve(r.fds.size() + 1);
+  const int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+  if (copy >= 0) r.fds.push_back(copy);
+  return copy;
 }
 
 void close_memfd(int fd) noexcept {

@@ -31,9 +31,10 @@ std::uint64_t watch();
 void guard_range(void* base, std::size_t size);
 void forget_range(void* base) noexcept;
 
-// memfd_create of a descriptor that children do not keep, or -1 with errno; and its close. Both
+// memfd_create of a descriptor that children do not keep, or -1 with errno; and its close. All
 // happen under the registry's mutex: a fork sees the descriptor registered or not at all.
 int open_memfd(const char* name);
+int duplicate_memfd(int fd);  // of somebody else's
 void close_memfd(int fd) noexcept;
 
 }  // namespace kvspan::host_fork

@@ -1,9 +1,13 @@
 #include "backend/contract.hpp"
 
+#include <unistd.h>
+
 #include <atomic>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "backend/exec_self.hpp"
 #include "core/errors.hpp"
 #include "core/sizes.hpp"
 
@@ -339,6 +343,136 @@ void threads_do_not_disturb_each_other(const ContractSubject& s) {
   BOOST_TEST((h.huge + h.small).value == 0u);
 }
 
+Bytes created(const Backend& b) {
+  const HugePages h = b.huge_pages();
+  return h.huge + h.small;
+}
+
+void a_frame_is_shared_by_two_backends(const ContractSubject& s) {
+  const auto ours = s.make_with(8), theirs = s.make_with(8);
+  const FrameId exported = frame(1, 1), imported = frame(1, 2);
+  const Bytes size = s.page_size * 2;
+  const VirtualRange our_range = ours->reserve(size, Unmapped::fault);
+  const VirtualRange their_range = theirs->reserve(size, Unmapped::fault);
+  ours->create({exported, 1});
+  ours->map(our_range.base, {exported, 1}, Access::read_write);
+  ours->fill(our_range.base, 0x21, size, {});
+  ours->wait(ours->record_fence({}));
+  for (int round = 0; round < 2; ++round) {
+    const ExportedFrame e = ours->export_frame(exported);
+    BOOST_TEST(e.size.value == size.value);
+    theirs->import_frame(imported, e);
+    BOOST_TEST(close(e.fd) == 0);  // importing has kept what it needs
+    BOOST_TEST(created(*theirs).value == 0u);
+    theirs->map(their_range.base, {imported, 1}, Access::read_write);
+    BOOST_TEST(s.peek(*theirs, their_range.base) == 0x21 + round);
+    BOOST_TEST(s.peek(*theirs, their_range.base + last(size)) == 0x21 + round);
+    theirs->fill(their_range.base, static_cast<std::uint8_t>(0x22 + round), size, {});
+    theirs->wait(theirs->record_fence({}));
+    BOOST_TEST(s.peek(*ours, our_range.base + last(size)) == 0x22 + round);
+    theirs->unmap(their_range, 1);
+    theirs->release({imported, 1});
+  }
+  BOOST_TEST(s.peek(*ours, our_range.base) == 0x23);  // they only let go
+  BOOST_TEST(created(*ours).value == size.value);
+  theirs->create({imported, 1});  // the name stands for a frame of its own again
+  theirs->map(their_range.base, {imported, 1}, Access::read_write);
+  BOOST_TEST(s.peek(*theirs, their_range.base) == 0);
+  BOOST_TEST(created(*theirs).value == size.value);
+  theirs->unmap(their_range, 1);
+  theirs->release({imported, 1});
+  ours->unmap(our_range, 1);
+  ours->release({exported, 1});
+  ours->free(our_range);
+  theirs->free(their_range);
+  BOOST_TEST(ours->calls().of(Call::export_frame).calls == 2u);
+  BOOST_TEST(theirs->calls().of(Call::import_frame).calls == 2u);
+  BOOST_TEST(ours->failure_count() + theirs->failure_count() == 0u);
+}
+
+void imported_frames_lie_in_runs_with_others(const ContractSubject& s) {
+  const auto b = s.make_with(16);
+  const VirtualRange range = b->reserve(s.page_size * 16, Unmapped::fault);
+  const auto at_page = [&](std::uint32_t page) { return range.base + s.page_size * page; };
+  // A run of own, imported, imported, own: the imports are frames 12 and 10 of the same pool.
+  b->create({frame(0, 10), 3});
+  b->create({frame(0, 2), 1});
+  b->create({frame(0, 5), 1});
+  for (const std::uint32_t pair : {0u, 1u}) {
+    const ExportedFrame e = b->export_frame(frame(0, 12 - 2 * pair));
+    b->import_frame(frame(0, 3 + pair), e);
+    close(e.fd);
+  }
+  const FrameRun run{frame(0, 2), 4};
+  b->map(range.base, run, Access::read_write);
+  for (std::uint32_t i = 0; i < 4; ++i) {
+    b->fill(at_page(i), static_cast<std::uint8_t>(i + 1), s.page_size, {});
+  }
+  b->map(at_page(8), {frame(0, 10), 3}, Access::read);
+  b->wait(b->record_fence({}));
+  BOOST_TEST(s.peek(*b, at_page(8)) == 3);  // frame 10 is the second import
+  BOOST_TEST(s.peek(*b, at_page(9)) == 0);
+  BOOST_TEST(s.peek(*b, at_page(10)) == 2);
+  b->unmap({range.base, s.page_size * 4}, 4);
+  b->release(run);
+  BOOST_TEST(s.peek(*b, at_page(8)) == 3);
+  BOOST_TEST(s.peek(*b, at_page(10) + last(s.page_size)) == 2);
+  BOOST_TEST(created(*b).value == (s.page_size * 3).value);
+  b->unmap({at_page(8), s.page_size * 3}, 3);
+  b->release({frame(0, 10), 3});
+  b->free(range);
+  BOOST_TEST(b->failure_count() == 0u);
+}
+
+void imports_that_cannot_be_change_nothing(const ContractSubject& s) {
+  const auto b = s.make_with(8);
+  BOOST_CHECK_THROW(b->export_frame(frame(0, 0)), InvalidArgument);  // it is not there
+  BOOST_CHECK_THROW(b->export_frame(frame(15, 0)), InvalidArgument);
+  b->create({frame(0, 0), 1});
+  const ExportedFrame e = b->export_frame(frame(0, 0));
+  BOOST_CHECK_THROW(b->import_frame(frame(0, 0), e), InvalidArgument);  // it is there
+  BOOST_CHECK_THROW(b->import_frame(frame(1, 1), e), InvalidArgument);  // of another size
+  BOOST_CHECK_THROW(b->import_frame(frame(0, 8), e), InvalidArgument);
+  BOOST_CHECK_THROW(b->import_frame(frame(0, 1), {-1, e.offset, e.size}), Error);
+  BOOST_CHECK_THROW(b->import_frame(frame(0, 1), {e.fd, e.offset + Bytes(1), e.size}), Error);
+  BOOST_CHECK_THROW(b->import_frame(frame(0, 1), {e.fd, s.page_size * 4096, e.size}), Error);
+  b->import_frame(frame(0, 1), e);
+  BOOST_CHECK_THROW(b->import_frame(frame(0, 1), e), InvalidArgument);  // there by import
+  b->release({frame(0, 1), 1});
+  b->create({frame(0, 1), 1});
+  b->release({frame(0, 0), 2});
+  close(e.fd);
+  BOOST_TEST(created(*b).value == 0u);
+  BOOST_TEST(b->failure_count() == 0u);
+}
+
+std::vector<ContractSubject>& subjects() {
+  static std::vector<ContractSubject> all;
+  return all;
+}
+
+void a_frame_is_shared_by_two_processes(const ContractSubject& s) {
+  const auto b = s.make_with(4);
+  const VirtualRange range = b->reserve(s.page_size, Unmapped::fault);
+  const FrameRun run{frame(0, 3), 1};
+  b->create(run);
+  b->map(range.base, run, Access::read_write);
+  b->fill(range.base, 0x31, s.page_size, {});
+  b->wait(b->record_fence({}));
+  const ExportedFrame e = b->export_frame(run.first);
+  std::size_t index = 0;
+  while (subjects()[index].name != s.name) ++index;
+  BOOST_TEST(run_in_new_process("the_other_process",
+                                {std::to_string(index), std::to_string(e.offset.value)},
+                                e.fd) == 0);
+  close(e.fd);
+  BOOST_TEST(s.peek(*b, range.base) == 0x32);
+  BOOST_TEST(s.peek(*b, range.base + last(s.page_size)) == 0x32);
+  b->unmap(range, 1);
+  b->release(run);
+  b->free(range);
+}
+
 #define KVSPAN_CONTRACT_TEST(name) \
   ContractTest { #name, name }
 constexpr ContractTest kTests[] = {
@@ -356,17 +490,44 @@ constexpr ContractTest kTests[] = {
     KVSPAN_CONTRACT_TEST(calls_and_memory_are_counted),
     KVSPAN_CONTRACT_TEST(nonsense_is_refused_and_changes_nothing),
     KVSPAN_CONTRACT_TEST(threads_do_not_disturb_each_other),
+    KVSPAN_CONTRACT_TEST(a_frame_is_shared_by_two_backends),
+    KVSPAN_CONTRACT_TEST(imported_frames_lie_in_runs_with_others),
+    KVSPAN_CONTRACT_TEST(imports_that_cannot_be_change_nothing),
+    KVSPAN_CONTRACT_TEST(a_frame_is_shared_by_two_processes),
 };
 #undef KVSPAN_CONTRACT_TEST
 
 }  // namespace
 
+BOOST_AUTO_TEST_CASE(the_other_process, *boost::unit_test::disabled()) {
+  const std::vector<std::string> arguments = process_arguments();
+  BOOST_REQUIRE(arguments.size() == 2u);
+  const ContractSubject& s = subjects().at(std::stoul(arguments[0]));
+  const auto b = s.make_with(4);
+  const VirtualRange range = b->reserve(s.page_size, Unmapped::fault);
+  const FrameRun run{frame(0, 0), 1};
+  b->import_frame(run.first, {kInheritedFd, Bytes(std::stoull(arguments[1])), s.page_size});
+  close(kInheritedFd);
+  b->map(range.base, run, Access::read_write);
+  BOOST_TEST(s.peek(*b, range.base) == 0x31);
+  BOOST_TEST(s.peek(*b, range.base + last(s.page_size)) == 0x31);
+  b->fill(range.base, 0x32, s.page_size, {});
+  b->wait(b->record_fence({}));
+  b->unmap(range, 1);
+  b->release(run);
+  b->free(range);
+}
+
 bool add_contract(const ContractSubject& subject) {
   namespace ut = boost::unit_test;
   ut::test_suite* const suite =
       new ut::test_suite("contract/" + subject.name, __FILE__, std::size_t{__LINE__});
+  subjects().push_back(subject);
   for (const ContractTest& test : kTests) {
-    const auto body = [subject, test] { test.run(subject); };
+    const auto body = [subject, test] {
+      test.run(subject);
+      subject.after();
+    };
     suite->add(ut::make_test_case(body, test.name, __FILE__, std::size_t{__LINE__}));
   }
   ut::framework::master_test_suite().add(suite);

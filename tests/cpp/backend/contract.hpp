@@ -15,12 +15,13 @@ namespace kvspan::test {
 
 struct ContractSubject {
   std::string name;
-  // A backend with frames of classes 0 to 2 at least.
+  // A backend with frames of classes 0 to 2 at least, that can be exported.
   std::function<std::unique_ptr<Backend>(Bytes page_size, Bytes capacity)> make;
   Bytes page_size;
   std::function<std::uint8_t(Backend&, Address)> peek = [](Backend&, Address at) {
     return *reinterpret_cast<const volatile std::uint8_t*>(at.value);
   };
+  std::function<void()> after = [] {};  // each test, when its backends are gone
 
   std::unique_ptr<Backend> make_with(std::uint32_t pages) const {
     return make(page_size, page_size * pages);

@@ -259,6 +259,36 @@ BOOST_AUTO_TEST_CASE(a_destroyed_backend_leaves_nothing) {
   BOOST_TEST(msync(reinterpret_cast<void*>(base.value), kPage.value, MS_ASYNC) == -1);
 }
 
+// The second of three pieces of the file cannot be mapped: the first one goes as well.
+BOOST_AUTO_TEST_CASE(a_run_that_cannot_be_mapped_in_part_is_not_mapped) {
+  const auto b = make(kPage, kPage * 8);
+  const VirtualRange range = b->reserve(kPage * 3, Unmapped::zero);
+  b->create({frame(0), 1});
+  b->create({frame(2), 1});
+  b->create({frame(5), 1});
+  ExportedFrame e = b->export_frame(frame(5));
+  const int writable = e.fd;
+  e.fd = open(("/proc/self/fd/" + std::to_string(writable)).c_str(), O_RDONLY | O_CLOEXEC);
+  close(writable);
+  BOOST_REQUIRE(e.fd >= 0);
+  b->import_frame(frame(1), e);
+  close(e.fd);
+  b->map(range.base, {frame(0), 1}, Access::read_write);
+  b->fill(range.base, 7, kPage, {});
+  b->unmap({range.base, kPage}, 1);
+  BOOST_CHECK_THROW(b->map(range.base, {frame(0), 3}, Access::read_write), DriverError);
+  BOOST_TEST(byte(range.base) == 0);
+  BOOST_TEST(b->mappings() == 0u);
+  b->map(range.base, {frame(0), 3}, Access::read);
+  BOOST_TEST(byte(range.base) == 7);
+  b->unmap(range, 3);
+  b->release({frame(0), 3});
+  b->release({frame(5), 1});
+  b->free(range);
+  BOOST_TEST(b->failure_count() == 0u);
+  BOOST_TEST(memfd_bytes() == 0u);
+}
+
 BOOST_AUTO_TEST_SUITE_END()
 
 }  // namespace kvspan::test

@@ -114,6 +114,7 @@ class FaultyBackend final : public Backend {
   bool usable() const noexcept override { return real_->usable(); }
   void finish() noexcept override { real_->finish(); }
   std::unique_ptr<Mirror> make_mirror(Bytes size) override { return real_->make_mirror(size); }
+  Stream own_stream() const noexcept override { return real_->own_stream(); }
   bool is_passed(Fence fence) const noexcept override {
     std::scoped_lock lock(mutex_);
     const auto it = fences_.find(fence.id);
@@ -159,6 +160,17 @@ class FaultyBackend final : public Backend {
     forward([&] { real_->release(run); });
     Lock lock(mutex_);
     model_.did_release(run);
+  }
+  ExportedFrame do_export_frame(FrameId frame) override {
+    before(Call::export_frame, Bytes(0), [&] { model_.check_export(frame); });
+    return real_->export_frame(frame);
+  }
+  void do_import_frame(FrameId frame, const ExportedFrame& exported) override {
+    const FrameRun run{frame, 1};
+    before(Call::import_frame, size_of_run(run), [&] { model_.check_create(run); });
+    real_->import_frame(frame, exported);
+    Lock lock(mutex_);
+    model_.did_create(run);
   }
   void do_map(Address at, FrameRun run, Access access) override {
     before(Call::map, size_of_run(run), [&] { model_.check_map(at, run); });

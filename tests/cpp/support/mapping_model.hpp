@@ -44,6 +44,10 @@ class MappingModel {
     each(run, [&](FrameId f) { frames_[f] = 0; });
   }
 
+  void check_export(FrameId f) {
+    if (!frames_.contains(f)) violation("export: frame " + name(f) + " does not exist");
+  }
+
   void check_release(FrameRun run) {
     each(run, [&](FrameId f) {
       const auto it = frames_.find(f);
