@@ -42,10 +42,16 @@ class KVCache:
         Put K and V into pages of their own.
     overread_tokens
         How far past a length pages stay mapped, for kernels that read in tiles. ``"auto"``: 0
-        where unmapped parts read as zeros, else 128, FlashAttention's largest tile.
+        where all of a slot reads as zeros, else 128, FlashAttention's largest tile.
     unmapped
         What a kernel reads where no page is: ``"zero"`` (zeros; the default on a host), or
-        ``"fault"`` (a trap; all there is on a GPU). Writing there always traps.
+        ``"fault"`` (a trap; the default on a GPU). Writing there always traps.
+    static_len
+        With ``unmapped="zero"``: how many positions of a slot a kernel may read whatever the
+        sequence's length is. On a host always all of them. A GPU has to be told, for there zeros
+        take mappings, and a page that takes their place waits for the work queued on the stream of
+        the call, so that nothing in the window is mapped ahead. There, only slots of live sequences
+        may be read so, on the streams on which those sequences are worked on.
     scrub
         ``"cross"``: pages that last held another cache's or dtype's bytes are zeroed. ``"reuse"``:
         also what another sequence of this cache left behind (tenants that must not see each other).
@@ -74,6 +80,7 @@ class KVCache:
         split_planes: bool = False,
         overread_tokens: int | str = "auto",
         unmapped: str | None = None,
+        static_len: int | None = None,
         scrub: str = "cross",
         keep: int | str = "auto",
     ) -> None:
@@ -94,6 +101,7 @@ class KVCache:
             if overread_tokens == "auto"
             else tokens(overread_tokens, _or_auto("overread_tokens")),
             choice(unmapped or default, "unmapped", ("zero", "fault")) == "zero",
+            None if static_len is None else tokens(static_len, "static_len"),
             choice(scrub, "scrub", ("cross", "reuse")) == "reuse",
             None if keep == "auto" else size_bytes(keep, _or_auto("keep")),
         )

@@ -55,7 +55,8 @@ class CacheStats:
     pages mapped ahead (by the background, and for kernels that read past a length); pages kept
     mapped for the next sequence (in free slots, and past the length after a truncate). ``shared``
     bytes of ``mapped`` are second mappings of frames that are counted already: the physical memory
-    is ``mapped - shared``.
+    is ``mapped - shared``, and ``zero_bytes`` of frames that only read as zeros
+    (``unmapped="zero"`` on a GPU; they are in no other figure).
     ``n_grown_late`` counts the calls that had to map pages themselves, or waited for the background
     to finish doing it.
     """
@@ -67,6 +68,7 @@ class CacheStats:
     ahead_bytes: int
     kept_bytes: int
     shared_bytes: int
+    zero_bytes: int
     n_sequences: int
     n_slots: int
     n_grown_late: int

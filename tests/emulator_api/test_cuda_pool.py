@@ -151,6 +151,83 @@ def test_what_cannot_be_is_refused(options: dict[str, object], says: str) -> Non
 def test_a_cache_that_reads_as_zeros_is_refused_and_says_what_to_do() -> None:
     with (
         kvspan.Pool("cuda:0", capacity="64MiB", background=False) as pool,
-        pytest.raises(kvspan.InvalidArgument, match='use unmapped="fault"'),
+        pytest.raises(kvspan.InvalidArgument, match="needs static_len"),
     ):
         kvspan.KVCache(pool, 1, 1, 64, max_seqs=1, max_seq_len=64, unmapped="zero")
+
+
+def read_kernel(stream: int, at: int, size: int) -> ctypes.c_ulonglong:
+    """Queue a kernel that reads all of a range, in FlashAttention's tiles, for a millisecond."""
+    assert emulator is not None
+    token = ctypes.c_ulonglong()
+    assert (
+        emulator.kvspan_emulator_read_kernel(
+            ctypes.c_void_p(stream),
+            ctypes.c_ulonglong(at),
+            ctypes.c_size_t(size),
+            ctypes.c_size_t(128 * RECORD),
+            ctypes.c_double(1000.0),
+            ctypes.byref(token),
+        )
+        == 0
+    )
+    return token
+
+
+@pytest.fixture
+def context(clean: None) -> Iterator[None]:
+    """Make the device's context current, as torch does for whoever launches kernels."""
+    assert emulator is not None
+    handle = ctypes.c_void_p()
+    assert emulator.cuInit(0) == 0
+    assert emulator.cuDevicePrimaryCtxRetain(ctypes.byref(handle), 0) == 0
+    assert emulator.cuCtxPushCurrent_v2(handle) == 0
+    yield
+    assert emulator.cuCtxPopCurrent_v2(ctypes.byref(handle)) == 0
+    assert emulator.cuDevicePrimaryCtxRelease_v2(0) == 0
+
+
+@pytest.mark.usefixtures("context")
+@pytest.mark.parametrize("background", [False, True])
+def test_kernels_of_static_shape_read_zeros_in_their_window(background: bool) -> None:
+    static_len = 16_384
+    with (
+        kvspan.Pool("cuda:0", capacity="256MiB", background=background) as pool,
+        cache_of(pool, unmapped="zero", static_len=static_len) as cache,
+    ):
+        assert cache.stats().zero_bytes == pool.stats().in_use_bytes > 0
+        rows = [cache.sequence() for _ in range(3)]
+        for i, row in enumerate(rows):
+            row.extend(100 + i)
+        for step in range(3000):
+            # Every row's whole window, whatever its length, is being read while rows grow.
+            if step % 100 == 0:
+                for row in rows:
+                    read_kernel(0, address(cache, row, 0), static_len * RECORD)
+            for row in rows:
+                row.extend(1)
+        rows[0].truncate(5)
+        read_kernel(0, address(cache, rows[0], 0), static_len * RECORD)
+        rows[1].fork().release()
+        cache.trim()
+        rows[0].extend(40)
+        for row in rows:
+            window = peek(address(cache, row, 0), static_len * RECORD)
+            tail = -(-(row.length + cache.overread_tokens) * RECORD // pool.page_size)
+            assert not any(window[tail * pool.page_size :])
+        for row in rows:
+            row.release()
+    # The fixture finds no kernel that read what was not mapped, and nothing unmapped under one.
+
+
+@pytest.mark.parametrize(
+    ("capacity", "error"), [("256MiB", kvspan.OutOfMemory), ("2GiB", kvspan.CapacityError)]
+)
+def test_a_window_that_takes_too_much_is_refused(capacity: str, error: type[Exception]) -> None:
+    with kvspan.Pool("cuda:0", capacity=capacity, max_frame_size="2MiB", background=False) as pool:
+        with pytest.raises(error, match="lower static_len or max_seqs"):
+            kvspan.KVCache(
+                pool, 32, 8, 128, max_seqs=512, max_seq_len=65536, unmapped="zero", static_len=16384
+            )
+        assert pool.stats().in_use_bytes == 0
+        assert pool.stats().n_mappings == 0

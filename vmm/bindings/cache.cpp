@@ -53,8 +53,8 @@ std::shared_ptr<Cache> make_cache(std::shared_ptr<FrameStore> store,
                                   const std::vector<LayerTuple>& layers, std::int32_t max_seqs,
                                   std::int64_t max_seq_len, std::int32_t layers_per_page,
                                   bool split_planes, std::optional<std::int64_t> overread_tokens,
-                                  bool zero_unmapped, bool scrub_reuse,
-                                  std::optional<std::uint64_t> keep) {
+                                  bool zero_unmapped, std::optional<std::int64_t> static_len,
+                                  bool scrub_reuse, std::optional<std::uint64_t> keep) {
   CacheOptions options;
   for (const auto& [planes, window] : layers) {
     LayerSpec& layer = options.layers.emplace_back();
@@ -69,6 +69,7 @@ std::shared_ptr<Cache> make_cache(std::shared_ptr<FrameStore> store,
   options.split_planes = split_planes;
   if (overread_tokens) options.overread = Tokens(*overread_tokens);
   options.unmapped = zero_unmapped ? Unmapped::zero : Unmapped::fault;
+  if (static_len) options.static_len = Tokens(*static_len);
   options.scrub = scrub_reuse ? Scrub::reuse : Scrub::cross;
   if (keep) options.keep = Bytes(*keep);
   return Cache::make(std::move(store), options);
@@ -111,6 +112,7 @@ Figures figures(const Cache& cache) {
   d["reserved_bytes"] = f.reserved.value;
   d["mapped_bytes"] = f.mapped.value;
   d["used_bytes"] = f.used.value;
+  d["zero_bytes"] = f.zeros.value;
   d["partial_bytes"] = f.partial.value;
   d["ahead_bytes"] = f.ahead.value;
   d["kept_bytes"] = f.kept.value;
@@ -242,8 +244,8 @@ void bind_cache(py::module_& m) {
       .def("page_map", &page_map, Release());
   m.def("make_cache", &make_cache, py::arg("store"), py::arg("layers"), py::arg("max_seqs"),
         py::arg("max_seq_len"), py::arg("layers_per_page"), py::arg("split_planes"),
-        py::arg("overread_tokens"), py::arg("zero_unmapped"), py::arg("scrub_reuse"),
-        py::arg("keep"), Release());
+        py::arg("overread_tokens"), py::arg("zero_unmapped"), py::arg("static_len"),
+        py::arg("scrub_reuse"), py::arg("keep"), Release());
 }
 
 }  // namespace kvspan

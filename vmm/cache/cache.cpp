@@ -15,7 +15,7 @@ namespace {
 // FlashAttention's largest key tile: what a kernel may read past a length if nobody knows better.
 constexpr Tokens kTileOverread{128};
 
-SpaceOptions space_options(const CacheOptions& options) {
+SpaceOptions space_options(const CacheOptions& options, const Traits& traits) {
   if (options.max_seqs < 1 || options.max_seqs > (1 << 20)) {
     throw InvalidArgument("max_seqs must be between 1 and 1048576, not " +
                           std::to_string(options.max_seqs));
@@ -25,10 +25,25 @@ SpaceOptions space_options(const CacheOptions& options) {
     throw InvalidArgument("overread_tokens must be \"auto\" or between 0 and max_seq_len, not " +
                           std::to_string(options.overread->value));
   }
-  const Tokens automatic =
-      options.unmapped == Unmapped::zero ? Tokens(0) : std::min(kTileOverread, options.max_seq_len);
+  const bool is_zero = options.unmapped == Unmapped::zero;
+  if (options.static_len &&
+      (!is_zero || *options.static_len < Tokens(1) || *options.static_len > options.max_seq_len)) {
+    throw InvalidArgument(
+        "static_len goes with unmapped=\"zero\", and is between 1 and max_seq_len, not " +
+        std::to_string(options.static_len->value));
+  }
+  if (is_zero && !traits.zero_on_unmapped && !options.static_len) {
+    throw InvalidArgument("unmapped=\"zero\" on " + traits.device +
+                          " needs static_len: how many positions of every slot are to read as "
+                          "zeros, for they take mappings there");
+  }
+  // All of a slot reads as zeros, or its end is a trap.
+  const Tokens static_len =
+      traits.zero_on_unmapped ? options.max_seq_len : options.static_len.value_or(Tokens(0));
+  const bool is_all_zero = is_zero && static_len == options.max_seq_len;
+  const Tokens automatic = is_all_zero ? Tokens(0) : std::min(kTileOverread, options.max_seq_len);
   return {options.max_seqs, options.max_seq_len, options.overread.value_or(automatic),
-          options.unmapped, options.scrub};
+          options.unmapped, static_len,          options.scrub};
 }
 
 }  // namespace
@@ -45,7 +60,8 @@ Cache::Cache(std::shared_ptr<FrameStore> store, const CacheOptions& options)
   check_usable();
   Layout layout(options.layers, {options.max_seq_len, store_->page_size(), options.layers_per_page,
                                  options.split_planes});
-  space_ = std::make_shared<Space>(store_, std::move(layout), space_options(options));
+  space_ = std::make_shared<Space>(store_, std::move(layout),
+                                   space_options(options, store_->backend().traits()));
   slots_.resize(static_cast<std::size_t>(options.max_seqs));
 }
 
@@ -169,6 +185,7 @@ CacheFigures Cache::figures() const {
   const Bytes page_size = store_->page_size();
   CacheFigures f;
   f.reserved = space_->reserved_bytes();
+  f.zeros = space_->zero_bytes();
   f.n_slots = static_cast<std::int32_t>(slots_.size());
   f.mapped = page_size * static_cast<std::uint64_t>(mapped_pages_.load(std::memory_order_relaxed));
   f.shared = page_size * static_cast<std::uint64_t>(shared_pages_.load(std::memory_order_relaxed));
@@ -269,8 +286,11 @@ Pages Cache::reclaim(Pages wanted, bool wait) noexcept {
     const SlotId id(static_cast<std::int32_t>(i));
     SequenceState* const state = slots_[i].live.get();
     if (state == nullptr || slots_[i].backed <= needed_pages(*state)) continue;
-    if ((!wait && !is_settled(id)) || !state->try_claim(Claim::reclaimed)) continue;
-    if (const std::unique_lock table(state->table, std::try_to_lock); table) {
+    // Kernels may be reading a surplus that lies in a window, whatever the last fence says.
+    if (!wait && (space_->has_windows() || !is_settled(id))) continue;
+    if (!state->try_claim(Claim::reclaimed)) continue;
+    const std::unique_lock table(state->table, std::try_to_lock);
+    if (table && (!space_->has_windows() || fence_again(*state))) {
       total += drop_tail(id, state->tokens());
       update_capacity(*state);
       note_ahead(*state);

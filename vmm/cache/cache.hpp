@@ -40,14 +40,18 @@ struct CacheOptions {
   std::optional<Tokens>
       overread;  // none: 0 where unmapped parts read as zeros, else a kernel's tile
   Unmapped unmapped = Unmapped::zero;
+  // With Unmapped::zero: how many positions of a slot kernels may read whatever its length. Needed
+  // where zeros have to be mapped; elsewhere all of the slot reads as zeros.
+  std::optional<Tokens> static_len{};
   Scrub scrub = Scrub::cross;
   std::optional<Bytes> keep;  // the most that is kept mapped for later; none: 2% of what is mapped
 };
 
 // All in bytes as page tables show them: mapped = used + partial + ahead + kept. Of these,
-// `shared` are second mappings of frames that are counted already.
+// `shared` are second mappings of frames that are counted already. `zeros` are the frames of zeros,
+// which count as no page's.
 struct CacheFigures {
-  Bytes reserved, mapped, used, partial, ahead, kept, shared;
+  Bytes reserved, mapped, used, partial, ahead, kept, shared, zeros;
   std::uint64_t n_grown_late = 0;  // calls that had to map pages themselves, or wait for the mapper
   std::int32_t n_sequences = 0, n_slots = 0;
 };
@@ -124,6 +128,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   bool is_settled(SlotId id) const;
   void settle(SlotId id);
   Fence fence_behind(SlotId id, Stream stream);  // and behind what the slot waits for already
+  bool fence_again(SequenceState& state) noexcept;
   void follow(SequenceState& state, Stream stream);
   void update_mapped(SlotId id);
   Pages kept_pages() const;

@@ -85,25 +85,25 @@ bool Cache::try_grow(std::span<SequenceState* const> states, Tokens n, Stream st
 void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream stream,
                         Effort effort) {
   const Tokens length = state.tokens();
-  bool is_any_shared = false;
+  bool has_waited = false;
   for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
     const Span& span = space_->span(state.slot, lane);
     const Pages needed = space_->pages_with_overread(lane, length + n);
     const PageRange range{space_->page_of(lane, length),
                           effort == Effort::spare ? stride_end(lane, span, needed) : needed};
     space_->back(edit, state.slot, lane, range);
-    bool is_shared_here = false;
+    bool is_in_the_way = false;
     for (Pages page = range.first; page < range.last; ++page) {
-      is_shared_here = is_shared_here || (span[page].is_backed() && space_->is_shared(span, page));
+      is_in_the_way = is_in_the_way || space_->is_in_the_way(span, page);
     }
-    if (!is_shared_here) continue;
-    // After a truncate into a shared page: the next token must not be written where others read.
-    // Work that still reads it here, under this address, comes first.
-    if (!is_any_shared) {
+    if (!is_in_the_way) continue;
+    // Zeros, or, after a truncate, a shared page: the next token must not be written where others
+    // read. Work that still reads it here, under this address, comes first.
+    if (!has_waited) {
       settle(state.slot);
       store_->backend().wait(store_->backend().record_fence(stream));
     }
-    is_any_shared = true;
+    has_waited = true;
     const Bytes live = space_->byte_of(lane, length) - space_->page_size() * range.first.value;
     space_->own(edit, state.slot, lane, range, live);
   }
@@ -266,7 +266,8 @@ std::shared_ptr<Sequence> Cache::fork(SequenceState& parent, Stream stream) {
     child = occupy(emptiest_free_slot());
   }
   try {
-    settle(child->slot);  // what the slot still has mapped makes way
+    settle(child->slot);  // what the slot still has mapped makes way, and so do zeros
+    if (space_->has_windows()) store_->backend().wait(store_->backend().record_fence(stream));
     Edit edit = space_->edit(stream);
     plan_copy(edit, parent.slot, parent.slot, child->slot, parent.tokens());
     commit(edit);

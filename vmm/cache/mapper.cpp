@@ -63,8 +63,8 @@ bool Cache::map_next(SequenceState& state) noexcept {
           space_->page_of(lane, capacity),
           stride_end(lane, span, space_->pages_with_overread(lane, capacity + Tokens(1)))};
       for (Pages page = range.first; page < range.last; ++page) {
-        // Copying a shared page means unmapping it, which has to wait for work on the device.
-        if (span[page].is_backed() && space_->is_shared(span, page)) return false;
+        // That would have to be unmapped first, which has to wait for work on the device.
+        if (space_->is_in_the_way(span, page)) return false;
       }
       space_->back(edit, state.slot, lane, range);
     }

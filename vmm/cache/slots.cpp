@@ -138,6 +138,15 @@ Fence Cache::fence_behind(SlotId id, Stream stream) {
   return backend.record_fence(stream);
 }
 
+bool Cache::fence_again(SequenceState& state) noexcept {
+  try {
+    slot(state.slot).fence = fence_behind(state.slot, state.stream);
+    return true;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
 void Cache::follow(SequenceState& state, Stream stream) {
   state.stream = stream;
   if (state.predecessor.id == 0) return;

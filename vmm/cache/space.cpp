@@ -10,6 +10,18 @@ namespace kvspan {
 
 Space::Space(std::shared_ptr<FrameStore> store, Layout layout, const SpaceOptions& options)
     : store_(std::move(store)), layout_(std::move(layout)), options_(options) {
+  try {
+    reserve();
+    if (options_.unmapped == Unmapped::zero && !store_->backend().traits().zero_on_unmapped) {
+      show_zeros();
+    }
+  } catch (...) {
+    take_down();
+    throw;
+  }
+}
+
+void Space::reserve() {
   // Stale bytes are harmless to a lane only if they were written as the same dtype at the same
   // alignment: lanes of one dtype share a tag, the others never reuse without zeroing.
   std::map<DType, OwnerTag> tags;
@@ -17,65 +29,111 @@ Space::Space(std::shared_ptr<FrameStore> store, Layout layout, const SpaceOption
   const auto positions =
       static_cast<std::uint64_t>((options_.max_seq_len + options_.overread).value);
   Backend& backend = store_->backend();
-  try {
-    for (const Lane& lane : layout_.lanes()) {
-      std::uint64_t bytes = 0, all_bytes = 0;
-      if (__builtin_mul_overflow(positions, lane.token_bytes.value, &bytes) ||
-          bytes > UINT64_MAX - page_size().value ||
-          __builtin_mul_overflow(round_up(bytes, page_size().value), slots, &all_bytes) ||
-          div_up(bytes, page_size().value) > UINT32_MAX) {
-        throw InvalidArgument("max_seq_len and max_seqs ask for more than the address space holds");
-      }
-      const std::uint64_t pages = div_up(bytes, page_size().value);
-      slot_pages_.push_back(Pages(static_cast<std::uint32_t>(pages)));
-      const auto [tag, is_new] = tags.try_emplace(lane.dtype);
-      if (is_new || !lane.is_uniform) tag->second = store_->new_owner();
-      owners_.push_back(tag->second);
-      account_.add(Call::reserve, 1);
-      reservations_.push_back(backend.reserve(page_size() * (pages * slots), options_.unmapped));
+  const bool has_zeros = backend.traits().zero_on_unmapped;
+  for (const Lane& lane : layout_.lanes()) {
+    std::uint64_t bytes = 0, all_bytes = 0;
+    if (__builtin_mul_overflow(positions, lane.token_bytes.value, &bytes) ||
+        bytes > UINT64_MAX - page_size().value ||
+        __builtin_mul_overflow(round_up(bytes, page_size().value), slots, &all_bytes) ||
+        div_up(bytes, page_size().value) > UINT32_MAX) {
+      throw InvalidArgument("max_seq_len and max_seqs ask for more than the address space holds");
     }
-    spans_.reserve(slots * n_lanes());
-    for (std::uint64_t slot = 0; slot < slots; ++slot) {
-      for (std::size_t lane = 0; lane < n_lanes(); ++lane) {
-        spans_.emplace_back(reservations_[lane].base + slot_bytes(lane) * slot, slot_pages_[lane],
-                            page_size());
-      }
-    }
-  } catch (...) {
-    for (const VirtualRange& range : reservations_) backend.free(range);
-    throw;
+    const std::uint64_t pages = div_up(bytes, page_size().value);
+    slot_pages_.push_back(Pages(static_cast<std::uint32_t>(pages)));
+    const auto [tag, is_new] = tags.try_emplace(lane.dtype);
+    if (is_new || !lane.is_uniform) tag->second = store_->new_owner();
+    owners_.push_back(tag->second);
+    account_.add(Call::reserve, 1);
+    reservations_.push_back(backend.reserve(page_size() * (pages * slots),
+                                            has_zeros ? options_.unmapped : Unmapped::fault));
   }
+  spans_.reserve(slots * n_lanes());
+  for (std::uint64_t slot = 0; slot < slots; ++slot) {
+    for (std::size_t lane = 0; lane < n_lanes(); ++lane) {
+      spans_.emplace_back(reservations_[lane].base + slot_bytes(lane) * slot, slot_pages_[lane],
+                          page_size());
+    }
+  }
+}
+
+void Space::show_zeros() {
+  Pages largest{};
+  for (std::size_t lane = 0; lane < n_lanes(); ++lane) largest = std::max(largest, window_of(lane));
+  const std::string hint = "zeros in the first " + std::to_string(options_.static_len.value) +
+                           " positions of " + std::to_string(options_.n_slots) +
+                           " slots take too much: lower static_len or max_seqs, or give the pool "
+                           "a larger max_frame_size";
+  try {
+    zeros_ = std::make_unique<Zeros>(*store_, account_, spans_.size(), largest);
+    Edit edit = this->edit(store_->backend().own_stream());
+    for (std::size_t i = 0; i < spans_.size(); ++i) {
+      Span& span = spans_[i];
+      span = Span(span.address_of(Pages(0)), span.size(), page_size(), window_of(i % n_lanes()),
+                  zeros_->set_of(i));
+      edit.show_zeros(span);
+    }
+    edit.commit();
+  } catch (const OutOfMemory& error) {
+    throw OutOfMemory(error.requested(), error.free(), error.reclaimable(), hint);
+  } catch (const CapacityError& error) {
+    throw CapacityError(hint + ": " + error.what());
+  }
+}
+
+Pages Space::window_of(std::size_t lane) const {
+  const bool is_whole = options_.static_len == options_.max_seq_len;
+  return is_whole ? slot_pages_[lane] : pages_for(lane, options_.static_len);
 }
 
 Space::~Space() {
   Backend& backend = store_->backend();
   if (!backend.usable()) return;  // a child of fork(2): all of this is the parent's
   backend.finish();  // nobody can say any more on which streams kernels read this memory
-  std::vector<FrameId> frames;
-  for (Span& span : spans_) {
-    for (Pages page{}; page < span.end(); ++page) {
+  take_down();
+}
+
+void Space::take_down() noexcept {
+  std::vector<bool> is_stuck(reservations_.size());  // by lane
+  for (std::size_t i = 0; i < spans_.size(); ++i) {
+    if (!unmap_all(spans_[i])) is_stuck[i % n_lanes()] = true;
+  }
+  // What is stuck stays for ever: better a leak than a page under somebody else's tokens.
+  if (zeros_ && std::ranges::count(is_stuck, true) > 0) zeros_->keep_for_ever();
+  zeros_.reset();
+  for (std::size_t lane = 0; lane < reservations_.size(); ++lane) {
+    if (is_stuck[lane]) continue;
+    account_.add(Call::free, 1);
+    store_->backend().free(reservations_[lane]);
+  }
+}
+
+bool Space::unmap_all(Span& span) noexcept {
+  bool is_all = !span.is_broken();
+  try {
+    std::vector<FrameId> frames;
+    for (Pages page{}; page < span.mapped_end(); ++page) {
       // One call for all that stands side by side.
       const Pages first = page;
+      std::uint32_t handles = 0;
       frames.clear();
-      while (span[page].is_backed()) {
-        frames.push_back(span[page].frame);
+      for (; span.mapped(page).is_mapped(); ++handles) {
+        if (span[page].is_backed()) frames.push_back(span[page].frame);
         page = span.frame_of(page).last;
       }
-      if (frames.empty()) continue;
-      const auto handles = static_cast<std::uint32_t>(frames.size());
+      if (handles == 0) continue;
+      account_.add(Call::unmap, handles);
       try {
-        account_.add(Call::unmap, handles);
-        backend.unmap({span.address_of(first), page_size() * (page - first).value}, handles);
+        store_->backend().unmap({span.address_of(first), page_size() * (page - first).value},
+                                handles);
         store_->give(frames);
       } catch (const Error&) {
-        // The frames stay in use for ever: better a leak than a page under somebody else's tokens.
+        is_all = false;
       }
     }
+  } catch (const std::bad_alloc&) {
+    is_all = false;
   }
-  for (const VirtualRange& range : reservations_) {
-    account_.add(Call::free, 1);
-    backend.free(range);
-  }
+  return is_all;
 }
 
 Bytes Space::slot_bytes(std::size_t lane) const { return page_size() * slot_pages_[lane].value; }

@@ -14,6 +14,7 @@
 #include "span/edit.hpp"
 #include "span/frame_store.hpp"
 #include "span/span.hpp"
+#include "span/zeros.hpp"
 
 namespace kvspan {
 
@@ -27,6 +28,7 @@ struct SpaceOptions {
   Tokens max_seq_len;
   Tokens overread;  // positions past a length that stay mapped, for kernels that read in tiles
   Unmapped unmapped;
+  Tokens static_len;  // positions of a slot that read as zeros where a device maps them for that
   Scrub scrub;
 };
 
@@ -55,6 +57,8 @@ class Space {
   Address lane_base(std::size_t lane) const { return reservations_[lane].base; }
   Bytes slot_bytes(std::size_t lane) const;
   Bytes reserved_bytes() const;
+  // The frames of zeros that stand where nothing is backed; 0 where that takes no frames.
+  Bytes zero_bytes() const { return zeros_ ? zeros_->size() : Bytes(0); }
 
   // The byte in a lane at which a position starts, and pages in terms of positions: the page that
   // holds it, and how many pages `n` positions need from the start, those read ahead included or
@@ -67,9 +71,17 @@ class Space {
   Pages backed_pages(SlotId slot) const;
   bool is_broken(SlotId slot) const;
 
+  // Whether kernels may be reading what is mapped in parts of a slot that no token needs.
+  bool has_windows() const { return zeros_ != nullptr; }
+
   // Whether the frame behind a page is also mapped elsewhere.
   bool is_shared(const Span& span, Pages page) const {
     return store_->references(span[page].frame) > 1;
+  }
+
+  // Whether something has to make way before a sequence may write to this page.
+  bool is_in_the_way(const Span& span, Pages page) const {
+    return span.mapped(page).is_zeros() || (span[page].is_backed() && is_shared(span, page));
   }
 
   Edit edit(Stream stream) { return {*store_, account_, stream}; }
@@ -78,6 +90,11 @@ class Space {
   void place(Edit& edit, SlotId slot, std::size_t lane, std::span<const PageEntry> entries);
 
  private:
+  void reserve();
+  void show_zeros();
+  void take_down() noexcept;
+  bool unmap_all(Span& span) noexcept;
+  Pages window_of(std::size_t lane) const;
   bool always_scrub(std::size_t lane) const;
 
   const std::shared_ptr<FrameStore> store_;
@@ -87,6 +104,7 @@ class Space {
   std::vector<OwnerTag> owners_;            // one a lane
   std::vector<Pages> slot_pages_;           // one a lane
   std::vector<VirtualRange> reservations_;  // one a lane
+  std::unique_ptr<Zeros> zeros_;            // none where the device has zeros of its own
   std::vector<Span> spans_;                 // [slot][lane]
 };
 

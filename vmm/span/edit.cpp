@@ -8,11 +8,25 @@ namespace kvspan {
 
 namespace {
 
-// The frames of `entries`, each once: a frame's first page has offset 0.
+// The frames that back `entries`, each once: a frame's first page has offset 0.
 template <class F>
 void for_each_frame(std::span<const PageEntry> entries, F f) {
   for (const PageEntry& entry : entries) {
-    if (entry.is_backed() && entry.offset == Pages(0)) f(entry.frame);
+    if (entry.is_backed() && entry.offset() == Pages(0)) f(entry.frame);
+  }
+}
+
+// Puts zeros into what is neither backed nor wanted of a range, up to the end of the span's window.
+void fill_with_zeros(const Span& span, PageRange range, std::span<PageEntry> entries) {
+  const auto is_empty = [](const PageEntry& e) { return !e.is_mapped() && !e.is_wanted(); };
+  const Pages end = std::min(range.last, span.window());
+  if (range.first >= end) return;
+  entries = entries.first((end - range.first).value);
+  for (auto gap = entries.begin(); gap != entries.end();) {
+    gap = std::find_if(gap, entries.end(), is_empty);
+    const auto last = std::find_if_not(gap, entries.end(), is_empty);
+    span.zeros()->fill({gap, last});
+    gap = last;
   }
 }
 
@@ -62,12 +76,18 @@ class Edit::Window {
 };
 
 void Edit::add(Span& span, PageRange range, std::span<const PageEntry> now, Bytes live) {
-  Patch& patch = patches_.emplace_back(Patch{.span = &span, .range = range, .live = live});
-  patch.old.reserve(range.count().value);
-  for (Pages page = range.first; page < range.last; ++page) patch.old.push_back(span[page]);
-  if (std::ranges::none_of(patch.old, &PageEntry::is_backed)) patch.old.clear();
-  if (std::ranges::any_of(now, [](const PageEntry& e) { return e.is_backed() || e.is_wanted(); })) {
-    patch.now.assign(now.begin(), now.end());
+  const auto is_empty_at = [&](std::size_t i) { return now.empty() || now[i] == PageEntry(); };
+  const PageRange whole =
+      span.with_zeros(range, is_empty_at(0), is_empty_at(range.count().value - 1));
+  Patch& patch = patches_.emplace_back(Patch{.span = &span, .range = whole, .live = live});
+  patch.old.reserve(whole.count().value);
+  for (Pages page = whole.first; page < whole.last; ++page) patch.old.push_back(span.mapped(page));
+  if (std::ranges::none_of(patch.old, &PageEntry::is_mapped)) patch.old.clear();
+  patch.now.resize(whole.count().value);
+  std::ranges::copy(now, patch.now.begin() + (range.first - whole.first).value);
+  fill_with_zeros(span, whole, patch.now);
+  if (std::ranges::all_of(patch.now, [](const PageEntry& e) { return e == PageEntry(); })) {
+    patch.now.clear();
   }
 }
 
@@ -113,7 +133,7 @@ void Edit::place(Span& span, Pages first, std::span<const PageEntry> entries, Ow
                  bool always_scrub) {
   const auto now = [&](Pages page) { return entries[(page - first).value]; };
   const auto rest_of_frame = [](const PageEntry& e) {
-    return e.is_backed() ? pages_of(e.frame.size_class()) - e.offset : Pages(1);
+    return e.is_backed() ? pages_of(e.frame.size_class()) - e.offset() : Pages(1);
   };
   const Pages end = first + Pages(static_cast<std::uint32_t>(entries.size()));
   for (Pages page = first; page < end;) {
@@ -121,9 +141,11 @@ void Edit::place(Span& span, Pages first, std::span<const PageEntry> entries, Ow
       ++page;
       continue;
     }
-    // From here to where whole frames end, old and new, and the two agree again.
+    // From here to where whole frames end, old and new, and the two agree again. Zeros in between
+    // belong to it, for what is to the left and right of them may share one frame of zeros.
     PageRange range{page, page};
-    while (range.last < end && now(range.last) != span[range.last]) {
+    const auto differs = [&](Pages p) { return now(p) != span[p] || span.mapped(p).is_zeros(); };
+    while (range.last < end && differs(range.last)) {
       range.last += std::min(rest_of_frame(span[range.last]), rest_of_frame(now(range.last)));
     }
     const auto part = entries.subspan((page - first).value, range.count().value);
@@ -142,9 +164,13 @@ void Edit::place(Span& span, Pages first, std::span<const PageEntry> entries, Ow
 void Edit::drop(Span& span, PageRange range) {
   range.last = std::min(range.last, span.end());
   range = span.narrowed(range);
-  if (range.is_empty()) return;
-  add(span, range, {}, Bytes(0));
-  if (patches_.back().old.empty()) patches_.pop_back();
+  const auto is_backed = [&] {
+    for (Pages page = range.first; page < range.last; ++page) {
+      if (span[page].is_backed()) return true;
+    }
+    return false;
+  };
+  if (is_backed()) add(span, range, {}, Bytes(0));
 }
 
 void Edit::commit() {
@@ -285,19 +311,21 @@ void Edit::undo(Patch& patch) noexcept {
 void Edit::map(Address at, std::span<const PageEntry> entries, Pages& done) {
   const Bytes page_size = store_.page_size();
   for (std::size_t i = 0; i < entries.size();) {
-    if (!entries[i].is_backed()) {
+    if (!entries[i].is_mapped()) {
       done = Pages(static_cast<std::uint32_t>(++i));
       continue;
     }
     FrameRun run{entries[i].frame, 1};
     const std::uint32_t frame_pages = pages_of(run.first.size_class()).value;
     std::size_t end = i + frame_pages;
-    while (end < entries.size() && entries[end].frame == run.first.next(run.count)) {
+    const bool is_zeros = entries[i].is_zeros();
+    while (end < entries.size() && !is_zeros && entries[end].is_backed() &&
+           entries[end].frame == run.first.next(run.count)) {
       ++run.count;
       end += frame_pages;
     }
     store_.backend().count(account_, Call::map, run.count);
-    store_.backend().map(at + page_size * i, run, Access::read_write);
+    store_.backend().map(at + page_size * i, run, is_zeros ? Access::read : Access::read_write);
     i = end;
     done = Pages(static_cast<std::uint32_t>(i));
   }
@@ -306,14 +334,14 @@ void Edit::map(Address at, std::span<const PageEntry> entries, Pages& done) {
 void Edit::unmap(Address at, std::span<const PageEntry> entries, Pages& done) {
   const Bytes page_size = store_.page_size();
   for (std::size_t i = 0; i < entries.size();) {
-    if (!entries[i].is_backed()) {
+    if (!entries[i].is_mapped()) {
       done = Pages(static_cast<std::uint32_t>(++i));
       continue;
     }
     std::uint32_t handles = 0;
     std::size_t end = i;
-    while (end < entries.size() && entries[end].is_backed()) {
-      if (entries[end].offset == Pages(0)) ++handles;
+    while (end < entries.size() && entries[end].is_mapped()) {
+      if (entries[end].offset() == Pages(0)) ++handles;
       ++end;
     }
     account_.add(Call::unmap, handles);

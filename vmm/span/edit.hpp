@@ -45,6 +45,10 @@ class Edit {
   // Unbacks the frames that lie whole in `range`.
   void drop(Span& span, PageRange range);
 
+  // Maps the zeros of a span in which nothing is mapped yet. From then on every edit keeps them
+  // wherever the span's window is not backed.
+  void show_zeros(Span& span) { add(span, {Pages(0), span.window()}, {}, Bytes(0)); }
+
   bool is_empty() const { return patches_.empty() && copies_.empty(); }
 
   void commit();
@@ -62,7 +66,7 @@ class Edit {
   struct Patch {
     Span* span;
     PageRange range;
-    std::vector<PageEntry> old{};  // empty when no page is backed
+    std::vector<PageEntry> old{};  // empty when no page is mapped
     std::vector<PageEntry>
         now{};     // empty when no page is to be; wanted pages until frames are taken
     Bytes live{};  // leading bytes of `old` that are copied over
@@ -75,6 +79,7 @@ class Edit {
     Bytes size;
   };
 
+  // `now` has an entry for each page of the range, or none at all: nothing is to back them.
   void add(Span& span, PageRange range, std::span<const PageEntry> now, Bytes live);
   void add_fresh(Span& span, PageRange range, Bytes live, OwnerTag owner, bool always_scrub);
   void assign_frames();

@@ -17,15 +17,25 @@ namespace kvspan {
 // pages stand one behind the other in the table, with offsets 0 to n - 1.
 struct PageEntry {
   FrameId frame;
-  Pages offset;
+  std::uint32_t offset_pages : 31;
+  std::uint32_t zeros : 1;  // the frame is one of zeros, mapped because no memory backs the page
+
+  PageEntry() : PageEntry(FrameId(), Pages(0)) {}
+  PageEntry(FrameId f, Pages offset, bool is_zeros = false)
+      : frame(f), offset_pages(offset.value & 0x7fffffffu), zeros(is_zeros) {}
 
   // In a plan only: a page that is to get a new frame.
   static PageEntry wanted() { return {FrameId(), Pages(1)}; }
 
-  bool is_backed() const { return !frame.is_none(); }
+  Pages offset() const { return Pages(offset_pages); }
+  bool is_mapped() const { return !frame.is_none(); }
+  bool is_zeros() const { return zeros != 0; }
+  bool is_backed() const { return is_mapped() && !is_zeros(); }
   bool is_wanted() const { return *this == wanted(); }
   bool operator==(const PageEntry&) const = default;
 };
+
+static_assert(sizeof(PageEntry) == 8);
 
 struct PageRange {
   Pages first;
@@ -35,27 +45,45 @@ struct PageRange {
   bool is_empty() const { return first >= last; }
 };
 
+// Frames of zeros, one of each size class (zeros.hpp).
+struct ZeroSet {
+  std::vector<FrameId> frames;  // by class
+
+  // Fills a gap, small frames first: growing takes away pages at the front, one at a time.
+  void fill(std::span<PageEntry> gap) const;
+};
+
 class Span {
  public:
   Span(Address base, Pages size, Bytes page_size)
       : base_(base), size_(size), page_size_(page_size) {}
+  // Its first `window` pages read as zeros where they are not backed, once an edit has mapped them.
+  Span(Address base, Pages size, Bytes page_size, Pages window, const ZeroSet& zeros)
+      : base_(base), size_(size), page_size_(page_size), window_(window), zeros_(&zeros) {}
 
   Pages size() const { return size_; }
   Pages backed_pages() const { return backed_; }
   Address address_of(Pages page) const { return base_ + page_size_ * page.value; }
   Bytes page_size() const { return page_size_; }
 
+  // What backs a page: zeros do not.
   PageEntry operator[](Pages page) const {
-    return page.value < table_.size() ? table_[page.value] : PageEntry{};
+    const PageEntry entry = mapped(page);
+    return entry.is_backed() ? entry : PageEntry();
   }
-
   // One past the last page that is backed.
-  Pages end() const { return Pages(static_cast<std::uint32_t>(table_.size())); }
+  Pages end() const { return end_; }
 
-  // The pages of the frame that backs `page`.
+  // What is mapped at a page, zeros included, and one past the last page at which something is.
+  PageEntry mapped(Pages page) const {
+    return page.value < table_.size() ? table_[page.value] : PageEntry();
+  }
+  Pages mapped_end() const { return Pages(static_cast<std::uint32_t>(table_.size())); }
+
+  // The pages of the frame that is mapped at `page`.
   PageRange frame_of(Pages page) const {
-    const PageEntry entry = (*this)[page];
-    const Pages first = page - entry.offset;
+    const PageEntry entry = mapped(page);
+    const Pages first = page - entry.offset();
     return {first, first + pages_of(entry.frame.size_class())};
   }
 
@@ -63,6 +91,14 @@ class Span {
   PageRange widened(PageRange range) const;
   // `range` shrunk to the frames that lie in it whole.
   PageRange narrowed(PageRange range) const;
+
+  // The part of the span that reads as zeros where nothing backs it, and by which frames.
+  Pages window() const { return window_; }
+  const ZeroSet* zeros() const { return zeros_; }
+
+  // `range` grown by the frames of zeros that it cuts through, and, at an end that is to be zeros
+  // itself, by those next to it that are not of the largest class: so that gaps stay few frames.
+  PageRange with_zeros(PageRange range, bool joins_before, bool joins_behind) const;
 
   // Makes room in the table, so that a later `set` up to `end` cannot fail.
   void reserve(Pages end) { table_.reserve(end.value); }
@@ -76,14 +112,17 @@ class Span {
   void mark_broken() { broken_ = true; }
 
  private:
-  void drop_unbacked_tail();
+  void update_ends();
 
   Address base_;
   Pages size_;
   Bytes page_size_;
+  Pages window_{};
+  const ZeroSet* zeros_ = nullptr;
   Pages backed_{};
+  Pages end_{};
   bool broken_ = false;
-  std::vector<PageEntry> table_;  // as long as the last backed page needs
+  std::vector<PageEntry> table_;  // as long as the last mapped page needs
 };
 
 }  // namespace kvspan

@@ -73,6 +73,7 @@ struct Scene {
   std::shared_ptr<Sequence> a, b, forked;
   std::int64_t forked_written = kWritten[1];
   std::shared_ptr<Batch> rows;
+  std::shared_ptr<Cache> other;
   std::vector<std::int32_t> marks = {3, 4, 5};  // of the rows
 };
 
@@ -119,23 +120,26 @@ inline const std::vector<Operation>& operations() {
        },
        [](Scene& s) { s.rig.cache->adjacent_batch(3); }, true, true},
       {"another cache", nothing,
-       [](Scene& s) { Cache::make(s.rig.store, s.rig.cache_options)->close(); }},
+       [](Scene& s) { s.other = Cache::make(s.rig.store, s.rig.cache_options); }},
       {"create ahead", nothing, [](Scene& s) { s.rig.store->create_ahead(kTestPage * 20); }},
   };
   return all;
 }
 
-// The sizes of frames and lanes that every operation is tried with.
+// The sizes of frames and lanes that every operation is tried with; one lane also with windows.
 template <class F>
 void for_each_shape(F f) {
+  const std::pair<std::int32_t, std::optional<Tokens>> lanes_and_windows[] = {
+      {0, {}}, {1, {}}, {0, Tokens(160)}};
   for (const std::uint8_t largest_class : {std::uint8_t{0}, std::uint8_t{2}}) {
-    for (const std::int32_t layers_per_page : {0, 1}) {
+    for (const auto& [layers_per_page, static_len] : lanes_and_windows) {
       f(RigOptions{.n_pages = 160,
                    .largest_class = largest_class,
                    .layers_per_page = layers_per_page,
                    .max_seqs = 12,
                    .scrub = Scrub::reuse,
-                   .window = Tokens(20)});
+                   .window = Tokens(20),
+                   .static_len = static_len});
     }
   }
 }

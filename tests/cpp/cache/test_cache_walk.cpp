@@ -92,11 +92,15 @@ void walk(const RigOptions& options, Tokens overread, std::uint32_t seed) {
     BOOST_REQUIRE(figures_add_up(rig));
     BOOST_REQUIRE(rig.cache->page_map().size() * kTestPage.value ==
                   rig.cache->figures().mapped.value);
+    BOOST_REQUIRE(rig.windows_read_as_zeros());
     for (const Known& known : all) BOOST_REQUIRE(holds(rig, known));
   }
   BOOST_TEST(rig.backend->violations().empty());
   all.clear();
   rig.cache->trim();
+  BOOST_TEST((rig.store->counts().in_use == rig.cache->figures().zeros));
+  BOOST_TEST(rig.windows_read_as_zeros());
+  rig.cache->close();
   BOOST_TEST((rig.store->counts().in_use == Bytes(0)));
 }
 
@@ -122,6 +126,27 @@ BOOST_AUTO_TEST_CASE(figures_and_bytes_are_right_after_every_operation) {
                    overread, seed++);
             }
           }
+        }
+      }
+    }
+  }
+}
+
+BOOST_AUTO_TEST_CASE(windows_read_as_zeros_after_every_operation) {
+  std::uint32_t seed = 100;
+  for (const std::uint8_t largest_class : {std::uint8_t{0}, std::uint8_t{3}}) {
+    for (const std::int32_t layers_per_page : {1, 2}) {
+      for (const Tokens static_len : {Tokens(30), Tokens(400), Tokens(1000)}) {
+        BOOST_TEST_CONTEXT("class " << int{largest_class} << ", " << layers_per_page
+                                    << " layers per page, static_len " << static_len.value
+                                    << ", seed " << seed) {
+          walk({.n_pages = 70,
+                .largest_class = largest_class,
+                .layers_per_page = layers_per_page,
+                .window = seed % 2 == 0 ? std::optional<Tokens>() : std::optional(Tokens(20)),
+                .static_len = static_len},
+               Tokens(0), seed);
+          ++seed;
         }
       }
     }

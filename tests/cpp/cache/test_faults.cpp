@@ -29,12 +29,15 @@ void fail_every_call(const Operation& operation, const RigOptions& options, Faul
     }
     const bool has_fired = scene.rig.backend->fired();
     scene.rig.backend->fail_no_more();
+    if (scene.other) scene.other->close();
     BOOST_TEST(figures_add_up(scene.rig));
     BOOST_TEST(scene.bytes_hold());
+    BOOST_TEST(scene.rig.windows_read_as_zeros());
     if (has_thrown) {
       ++failures;
       BOOST_TEST(scene.figures(with_kept) == before);
       operation.run(scene);  // and now it works
+      if (scene.other) scene.other->close();
       BOOST_TEST(figures_add_up(scene.rig));
       BOOST_TEST(scene.bytes_hold());
     }

@@ -135,6 +135,54 @@ BOOST_AUTO_TEST_CASE(shared_pages_in_free_slots_are_not_taken_for_memory) {
   BOOST_TEST(rig.holds(*parent, 1, 0, 204));
 }
 
+// Kernels of static shape read all of a window: whatever goes from there waits for them.
+BOOST_AUTO_TEST_CASE(zeros_make_way_only_when_their_readers_are_done) {
+  Rig rig({.layers_per_page = 2, .static_len = Tokens(500)});
+  const auto a = rig.cache->sequence(Tokens(0));
+  rig.backend->set_manual_fences(true);
+  a->extend(Tokens(1), {});
+  BOOST_TEST(rig.backend->waited_for().size() == 1u);
+  const auto child = a->fork({});
+  BOOST_TEST(rig.backend->waited_for().size() == 2u);
+  // Next to the end of what is mapped, and still nothing ahead of need.
+  a->extend(Tokens(22), {});
+  BOOST_TEST(rig.store->background().turn().n_frames == 0u);
+  BOOST_TEST(rig.backend->waited_for().size() == 2u);
+  // Past the window nobody reads: what is there was never mapped.
+  a->extend(Tokens(480), {});
+  const std::size_t waited = rig.backend->waited_for().size();
+  a->extend(Tokens(100), {});
+  BOOST_TEST(rig.backend->waited_for().size() == waited);
+  BOOST_TEST(rig.backend->violations().empty());
+}
+
+BOOST_AUTO_TEST_CASE(a_surplus_in_a_window_waits_for_work_since_its_truncate) {
+  Rig rig({.keep = kGiB, .static_len = Tokens(1000)});
+  const auto a = rig.grown(1, 300);
+  a->truncate(Tokens(10), {});
+  rig.backend->set_manual_fences(true);
+  // The fence of the truncate is passed; a kernel that was queued since may read the surplus.
+  BOOST_TEST((rig.cache->reclaim(Pages(100), false) == Pages(0)));
+  BOOST_TEST(rig.backend->waited_for().empty());
+  BOOST_TEST((rig.cache->reclaim(Pages(100), true) > Pages(0)));
+  BOOST_TEST(rig.backend->waited_for().size() == 1u);
+  BOOST_TEST(rig.windows_read_as_zeros());
+  BOOST_TEST(rig.holds(*a, 1, 0, 10));
+}
+
+BOOST_AUTO_TEST_CASE(a_close_that_cannot_unmap_leaks_and_frees_nothing_under_a_mapping) {
+  Rig rig({.static_len = Tokens(100)});
+  auto a = rig.grown(1, 200);
+  rig.backend->fail(1, Fault::driver, Call::unmap, FaultyBackend::kEver);
+  rig.cache->close();
+  a.reset();
+  rig.cache.reset();
+  rig.backend->fail_no_more();
+  rig.store->trim();
+  BOOST_TEST(rig.backend->violations().empty());
+  BOOST_TEST((rig.store->counts().in_use > Bytes(0)));
+}
+
 BOOST_AUTO_TEST_SUITE_END()
 
 }  // namespace kvspan::test

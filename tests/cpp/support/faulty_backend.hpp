@@ -36,7 +36,7 @@ class FaultyBackend final : public Backend {
   static constexpr std::uint64_t kEver = std::numeric_limits<std::uint64_t>::max();
 
   explicit FaultyBackend(std::unique_ptr<Backend> real)
-      : real_(std::move(real)), model_(real_->traits().page_size) {}
+      : real_(std::move(real)), traits_(real_->traits()), model_(traits_.page_size) {}
 
   // ---- faults ----
 
@@ -89,6 +89,9 @@ class FaultyBackend final : public Backend {
     return waited_for_;
   }
 
+  // From now on nothing reads as zeros where nothing is mapped, as on a GPU.
+  void have_no_zeros() { traits_.zero_on_unmapped = false; }
+
   // ---- what was seen ----
 
   // What CUDA would have refused, in words.
@@ -108,7 +111,7 @@ class FaultyBackend final : public Backend {
 
   // ---- the contract ----
 
-  const Traits& traits() const noexcept override { return real_->traits(); }
+  const Traits& traits() const noexcept override { return traits_; }
   MemoryInfo memory_info() const override { return real_->memory_info(); }
   HugePages huge_pages() const override { return real_->huge_pages(); }
   bool usable() const noexcept override { return real_->usable(); }
@@ -135,7 +138,12 @@ class FaultyBackend final : public Backend {
   using Lock = std::scoped_lock<std::mutex>;
 
   VirtualRange do_reserve(Bytes size, Unmapped unmapped) override {
-    before(Call::reserve, size, [&] { model_.check_reserve(size); });
+    before(Call::reserve, size, [&] {
+      model_.check_reserve(size);
+      if (unmapped == Unmapped::zero && !traits_.zero_on_unmapped) {
+        model_.violation("reserve: this device has no zeros");
+      }
+    });
     const VirtualRange range = real_->reserve(size, unmapped);
     Lock lock(mutex_);
     model_.did_reserve(range);
@@ -288,6 +296,7 @@ class FaultyBackend final : public Backend {
   }
 
   const std::unique_ptr<Backend> real_;
+  Traits traits_;
   mutable std::mutex mutex_;  // guards what follows; never held while the real backend works
   MappingModel model_;
   std::optional<Plan> plan_;
