@@ -18,6 +18,7 @@ from kvspan.errors import (
     ReleasedError,
 )
 from kvspan.layers import LayerSpec, Plane
+from kvspan.lookup import writable_positions
 from kvspan.pool import Pool
 from kvspan.sequence import Sequence
 from kvspan.stats import CacheStats, CallCount, PageMapEntry, PoolStats
@@ -43,4 +44,5 @@ __all__ = [
     "ReleasedError",
     "Sequence",
     "__version__",
+    "writable_positions",
 ]

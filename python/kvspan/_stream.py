@@ -32,7 +32,7 @@ def stream_handle(stream: Any, device: str) -> int:
             return 0
         raise InvalidArgument(f"the host has no streams; leave stream out, instead of {stream!r}")
     if stream is None:
-        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if not torch.cuda.is_initialized():
             return 0
         return int(torch.cuda.current_stream(torch.device(device)).cuda_stream)
     if hasattr(stream, "__cuda_stream__"):

@@ -15,6 +15,7 @@ from kvspan._stream import stream_handle
 from kvspan.batch import Batch
 from kvspan.errors import InvalidArgument, ReleasedError
 from kvspan.layers import LayerSpec
+from kvspan.lookup import forget, remember
 from kvspan.pool import Pool
 from kvspan.sequence import Sequence
 from kvspan.stats import CacheStats, PageMapEntry, call_counts
@@ -150,6 +151,8 @@ class KVCache:
                 self._tensor(self._native.plane_view(i, p))
                 for p in range(len(self.layers[i].planes))
             )
+            for plane in planes:
+                remember(plane, self)
             self._planes[i] = planes
         return planes
 
@@ -237,6 +240,9 @@ class KVCache:
         The memory lives until the last tensor over it is gone. May be called again.
         """
         self._native.close()
+        for planes in self._planes.values():
+            for plane in planes:
+                forget(plane)
         self._planes.clear()
         self._is_closed = True
 

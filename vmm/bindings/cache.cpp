@@ -241,7 +241,12 @@ void bind_cache(py::module_& m) {
       .def("plane_view", &plane_view, py::arg("layer"), py::arg("plane"))
       .def("layout", &layout_dict)
       .def("figures", &figures)
-      .def("page_map", &page_map, Release());
+      .def("page_map", &page_map, Release())
+      .def("lengths", [](const Cache& c) {
+        std::vector<std::int64_t> lengths;
+        for (const Tokens n : c.lengths()) lengths.push_back(n.value);
+        return lengths;
+      });
   m.def("make_cache", &make_cache, py::arg("store"), py::arg("layers"), py::arg("max_seqs"),
         py::arg("max_seq_len"), py::arg("layers_per_page"), py::arg("split_planes"),
         py::arg("overread_tokens"), py::arg("zero_unmapped"), py::arg("static_len"),

@@ -262,6 +262,16 @@ std::vector<MappedPage> Cache::page_map() const {
   return pages;
 }
 
+std::vector<Tokens> Cache::lengths() const {
+  check_usable();
+  const std::scoped_lock lock(mutex_);
+  check_open();
+  std::vector<Tokens> lengths;
+  lengths.reserve(slots_.size());
+  for (const Slot& s : slots_) lengths.push_back(s.live ? s.live->tokens() : Tokens(0));
+  return lengths;
+}
+
 const CallCounters& Cache::calls() const { return space()->account(); }
 
 std::shared_ptr<Space> Cache::space() const {

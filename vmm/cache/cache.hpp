@@ -86,6 +86,8 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
 
   CacheFigures figures() const;
   std::vector<MappedPage> page_map() const;
+  // Of the sequence in each slot; 0 where there is none.
+  std::vector<Tokens> lengths() const;
   const CallCounters& calls() const;
   // The space, for making tensors. Throws ReleasedError after close.
   std::shared_ptr<Space> space() const;

@@ -1,0 +1,57 @@
+"""`flash_attn_with_kvcache` without flash-attn: append, rotate, attend, row by row or at once."""
+
+from __future__ import annotations
+
+import torch
+
+from flash_compat.dense import Score, attend
+from flash_compat.rotary import rotate
+from flash_compat.rows import Rows
+
+
+def attend_rows(
+    q: torch.Tensor, rows: Rows, score: Score, *, with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the attention of ``q [batch, queries, heads, dim]``, each row over its own keys."""
+    lengths = rows.lengths.tolist()
+    begins = [0] * len(lengths) if rows.leftpad is None else rows.leftpad.tolist()
+    is_even = rows.slots is None and rows.block_table is None and rows.leftpad is None
+    if is_even and len(set(lengths)) == 1:
+        n = slice(0, lengths[0])
+        return attend(q, rows.k[: len(q), n], rows.v[: len(q), n], score, with_lse=with_lse)
+    outs, lses = [], []
+    for row, (begin, end) in enumerate(zip(begins, lengths, strict=True)):
+        k, v = rows.keys_of(row, min(begin, end), end)
+        out, lse = attend(q[row : row + 1], k, v, score.of_row(row), with_lse=with_lse)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(
+        [lse for lse in lses if lse is not None]
+    ) if with_lse else None
+
+
+def rotate_queries(
+    q: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    begin: torch.Tensor,
+    score: Score,
+    *,
+    interleaved: bool,
+) -> torch.Tensor:
+    """Rotate queries, which stand where the new keys do.
+
+    Where every query sees every key they have no order: all stand at the first one's place.
+    """
+    offsets = torch.arange(q.shape[1], device=q.device)
+    if score.band.left is None and score.band.right is None:
+        offsets = torch.zeros_like(offsets)
+    return rotate(q, cos, sin, begin.long()[:, None] + offsets, interleaved=interleaved)
+
+
+def rotate_keys(
+    k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, begin: torch.Tensor, *, interleaved: bool
+) -> torch.Tensor:
+    """Rotate new keys from each row's `begin` on."""
+    offsets = torch.arange(k.shape[1], device=k.device)
+    return rotate(k, cos, sin, begin.long()[:, None] + offsets, interleaved=interleaved)
