@@ -120,11 +120,14 @@ test-python: $(VENV)/.native $(VENV)/.extra-test
 	@echo "== Python tests"
 	@$(PY) -m pytest $(ARGS)
 
-# The API on the driver emulator: device="cuda:0" without a GPU.
-test-emulator: emulator $(VENV)/.native $(VENV)/.extra-test
+# The API on the driver emulator: device="cuda:0" without a GPU. And other people's clients, which show
+# that the emulator is like the driver.
+test-emulator: emulator $(VENV)/.native $(VENV)/.extra-test $(VENV)/.extra-test-cuda
 	@echo "== Python tests on the CUDA driver emulator"
 	@LD_LIBRARY_PATH="$(CURDIR)/build/emulator/emulator:$${LD_LIBRARY_PATH:-}" \
 	  $(PY) -m pytest tests/emulator_api
+	@LD_LIBRARY_PATH="$(CURDIR)/build/emulator/emulator:$${LD_LIBRARY_PATH:-}" \
+	  $(PY) -m pytest tests/emulator_clients
 
 sanitize: sanitize-address sanitize-thread
 

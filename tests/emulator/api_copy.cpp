@@ -38,11 +38,11 @@ bool settle(Call& call, Address at, Place* place) {
 }
 
 // The driver inspects the pointers of a copy at the call, before anything runs.
-bool accessible(Call& call, Stream* stream, const Access& access) {
+bool accessible(Call& call, Stream* stream, const Access& access, bool copies) {
   std::string why;
   if (!access.device) return true;
-  if (call.s.memory.resolve(access.at, access.n, stream->context->device, access.write, nullptr,
-                            &why))
+  if (call.s.memory.resolve(access.at, access.n, {stream->context->device, copies}, access.write,
+                            nullptr, &why))
     return true;
   call.violation(
       CUDA_SUCCESS,
@@ -72,7 +72,8 @@ CUresult copy(const char* name, Address to, Place to_place, Address from, Place 
     operation->name = name;
     operation->accesses = {{to, n, true, to_device}};
     const Access source{from, n, false, from_device};
-    if (!accessible(call, stream, operation->accesses[0]) || !accessible(call, stream, source))
+    if (!accessible(call, stream, operation->accesses[0], true) ||
+        !accessible(call, stream, source, true))
       return CUDA_ERROR_INVALID_VALUE;
     if (!from_device && !pinned_from && !wait && !call.s.options.memory_free) {
       const auto* bytes = reinterpret_cast<const std::byte*>(from);
@@ -115,7 +116,7 @@ CUresult fill(const char* name, Address to, std::uint32_t value, std::size_t wid
         call.s.memory.pinned_of(to, n * width) == call.s.memory.pinned.end())
       return call.violation(CUDA_ERROR_INVALID_VALUE,
                             text("0x%llx is neither device nor pinned memory", ull(to)));
-    if (!accessible(call, stream, operation->accesses[0])) return CUDA_ERROR_INVALID_VALUE;
+    if (!accessible(call, stream, operation->accesses[0], false)) return CUDA_ERROR_INVALID_VALUE;
     operation->value = value;
     operation->width = width;
     operation->duration_us = static_cast<double>(n * width) / call.s.options.device_bytes_per_us;

@@ -43,6 +43,10 @@ CUresult Call::misuse(CUresult result, const std::string& what) {
   return s.options.misuse_is_violation ? violation(result, what) : result;
 }
 
+CUresult Call::bad_device(CUdevice device) {
+  return misuse(CUDA_ERROR_INVALID_DEVICE, text("there is no device %d", device));
+}
+
 CUresult Call::violation(CUresult result, const std::string& what) {
   s.report.violation(std::string(name) + ": " + what);
   return result;

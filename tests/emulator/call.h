@@ -28,6 +28,8 @@ class Call {
   CUresult misuse(CUresult result, const std::string& what);
   // The client did something that the documentation leaves undefined.
   CUresult violation(CUresult result, const std::string& what);
+  bool no_device(CUdevice device) const { return device < 0 || device >= s.options.devices; }
+  CUresult bad_device(CUdevice device);
 
   const char* const name;
   State& s = state();

@@ -244,7 +244,7 @@ int move_bytes(unsigned long long ptr, std::size_t n, Move&& move) {
   const Guard guard(s.mutex);
   std::vector<Piece> pieces;
   std::string why;
-  if (s.options.memory_free || !s.memory.resolve(ptr, n, -1, false, &pieces, &why)) return 1;
+  if (s.options.memory_free || !s.memory.resolve(ptr, n, {-1}, false, &pieces, &why)) return 1;
   std::size_t done = 0;
   for (const auto& piece : pieces) {
     move(piece.data, done, piece.n);

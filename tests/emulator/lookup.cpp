@@ -12,6 +12,7 @@ using emulator::enter;
 #undef cuDeviceGetUuid
 #undef cuEventElapsedTime
 extern "C" {
+CUresult CUDAAPI cuCtxCreate_v2(CUcontext* context, unsigned int flags, CUdevice device);
 CUresult CUDAAPI cuDeviceGetUuid(CUuuid* uuid, CUdevice device);
 CUresult CUDAAPI cuEventElapsedTime(float* milliseconds, CUevent start, CUevent end);
 CUresult CUDAAPI cuMemcpy_ptds(CUdeviceptr to, CUdeviceptr from, size_t n);
@@ -87,6 +88,8 @@ const auto& table() {
       AS("cuDevicePrimaryCtxRelease", 11000, cuDevicePrimaryCtxRelease_v2),
       AS("cuDevicePrimaryCtxSetFlags", 11000, cuDevicePrimaryCtxSetFlags_v2),
       PLAIN(cuDevicePrimaryCtxGetState, 7000),
+      AS("cuCtxCreate", 3020, cuCtxCreate_v2),
+      AS("cuCtxDestroy", 4000, cuCtxDestroy_v2),
       PLAIN(cuCtxSetCurrent, 4000),
       PLAIN(cuCtxGetCurrent, 4000),
       AS("cuCtxPushCurrent", 4000, cuCtxPushCurrent_v2),

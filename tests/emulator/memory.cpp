@@ -310,7 +310,7 @@ bool Memory::is_device(Address at) {
   return at - next->first < next->second.size_bytes || at >= kFictitiousBase;
 }
 
-bool Memory::resolve(Address at, std::size_t n, int device, bool write, std::vector<Piece>* pieces,
+bool Memory::resolve(Address at, std::size_t n, User user, bool write, std::vector<Piece>* pieces,
                      std::string* why) {
   const auto say = [&](Address where, const char* what) {
     *why = text("0x%llx %s", static_cast<unsigned long long>(where), what);
@@ -330,8 +330,9 @@ bool Memory::resolve(Address at, std::size_t n, int device, bool write, std::vec
       }
     }
     if (mapping == nullptr) return say(at, "is not mapped");
-    if (device >= 0) {
-      const unsigned access = mapping->access_of(device);
+    const bool is_reachable = user.copies && allocations.contains(base);
+    if (user.device >= 0 && !is_reachable) {
+      const unsigned access = mapping->access_of(user.device);
       if (access == 0) {
         return say(at, mapping->access == 0 ? "is mapped without access (no cuMemSetAccess)"
                                             : "may not be accessed from this device");

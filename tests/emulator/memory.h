@@ -115,8 +115,13 @@ class Memory {
   bool overlaps_mapping(Address at, std::size_t size_bytes);
   bool is_device(Address at);
 
-  // The memory behind [at, at + n) as `device` may use it (device < 0: whatever the rights).
-  bool resolve(Address at, std::size_t n, int device, bool write, std::vector<Piece>* pieces,
+  // Who uses memory. Copies reach what cuMemAlloc gave to any device, by unified addressing.
+  struct User {
+    int device;  // < 0: whatever the rights
+    bool copies = false;
+  };
+  // The memory behind [at, at + n) as `user` may use it.
+  bool resolve(Address at, std::size_t n, User user, bool write, std::vector<Piece>* pieces,
                std::string* why);
 
   // cuMemAlloc; 0: out of memory.

@@ -55,15 +55,27 @@ void State::reset(Options chosen) {
   streams.hold(options.hold);
   for (int device = 0; device < kMostDevices; ++device)
     contexts[static_cast<std::size_t>(device)] = {device, 0, 0};
+  created_contexts.clear();
   initialised = false;
   ++generation;
   reported_leaks = {};
   if (!options.memory_free) raise_descriptor_limit();
 }
 
+Context* State::context_of(CUcontext handle) {
+  for (auto& context : contexts) {
+    if (reinterpret_cast<CUcontext>(&context) == handle) return &context;
+  }
+  for (auto& context : created_contexts) {
+    if (reinterpret_cast<CUcontext>(&context) == handle) return &context;
+  }
+  return nullptr;
+}
+
 bool State::ledger_empty() {
   bool active = false;
   for (const auto& context : contexts) active |= context.references > 0;
+  for (const auto& context : created_contexts) active |= context.references > 0;
   return !active && memory.reservations.empty() && memory.handles.empty() &&
          memory.mappings.empty() && memory.allocations.empty() && memory.pinned.empty() &&
          streams.created_streams() == 0 && streams.created_events() == 0;
@@ -105,6 +117,9 @@ void State::report_leaks(const char* when, Context* context) {
     std::size_t active = 0;
     for (const auto& other : contexts) active += other.references > 0;
     leak(active, "retained primary contexts");
+    active = 0;
+    for (const auto& other : created_contexts) active += other.references > 0;
+    leak(active, "created contexts");
   }
 }
 

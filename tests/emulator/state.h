@@ -5,6 +5,7 @@
 #include <array>
 #include <atomic>
 #include <condition_variable>
+#include <deque>
 #include <mutex>
 #include <string>
 
@@ -30,6 +31,7 @@ struct State {
   Memory memory{options};
   Streams streams{*this};
   std::array<Context, kMostDevices> contexts;  // the primary ones, by device
+  std::deque<Context> created_contexts;  // by cuCtxCreate; destroyed ones stay, without references
   bool initialised = false;
   unsigned generation = 0;  // of resets
   std::string last_error;
@@ -39,6 +41,7 @@ struct State {
   State();
   void reset(Options chosen);  // wants an empty ledger
   bool ledger_empty();
+  Context* context_of(CUcontext handle);  // nullptr: there never was one
   // A violation for each kind of thing that is still there. context: only what it owns.
   void report_leaks(const char* when, Context* context);
 };

@@ -218,8 +218,10 @@ void Streams::execute(Lock& lock, const OperationPtr& operation, bool unlocked) 
     const Access& access = op.accesses[i];
     if (!access.device) {
       pieces[i].push_back({nullptr, reinterpret_cast<std::byte*>(access.at), access.n});
-    } else if (!state_.memory.resolve(access.at, access.n, op.stream->context->device, access.write,
-                                      &pieces[i], &why)) {
+    } else if (!state_.memory.resolve(
+                   access.at, access.n,
+                   {op.stream->context->device, op.kind == Operation::Kind::kCopy}, access.write,
+                   &pieces[i], &why)) {
       state_.report.violation(text("%s %s [0x%llx, 0x%llx) on device %d: %s", op.name,
                                    access.write ? "writes" : "reads",
                                    static_cast<unsigned long long>(access.at),
