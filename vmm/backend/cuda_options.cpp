@@ -66,6 +66,14 @@ CudaOptions checked(const Context& context, CudaOptions o) {
     throw InvalidArgument("capacity is a positive multiple of the page size (" +
                           to_string(o.page_size) + "), not " + to_string(o.capacity));
   }
+  std::size_t free = 0, total = 0;
+  check(context.api(), context.api().cuMemGetInfo(&free, &total), "cuMemGetInfo",
+        "cannot ask how much memory there is");
+  if (o.capacity.value > total) {
+    throw InvalidArgument("capacity is " + to_string(o.capacity) + ", more than the " +
+                          to_string(Bytes(total)) + " of memory that cuda:" +
+                          std::to_string(o.ordinal) + " has");
+  }
   if (o.largest_class.value > FrameId::kMaxClass) {
     throw InvalidArgument("largest_class is at most " + std::to_string(FrameId::kMaxClass) +
                           ", not " + std::to_string(o.largest_class.value));
