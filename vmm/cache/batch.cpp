@@ -56,8 +56,7 @@ Batch::Batch(std::shared_ptr<Cache> cache, std::vector<std::shared_ptr<Sequence>
              Stream stream, std::optional<SlotLease> lease)
     : cache_(std::move(cache)),
       rows_(std::move(rows)),
-      lease_(lease),
-      arrays_(std::make_shared<BatchArrays>(cache_->store_->backend(), rows_.size())) {
+      lease_(lease) {
   if (rows_.empty()) throw InvalidArgument("a batch has at least one row");
   for (const auto& row : rows_) {
     if (row->cache() != cache_) {
@@ -76,6 +75,8 @@ Batch::Batch(std::shared_ptr<Cache> cache, std::vector<std::shared_ptr<Sequence>
                           " is a sequence that was released; leave it out");
     }
   }
+  // Behind the checks: on a GPU this is device memory.
+  arrays_ = std::make_shared<BatchArrays>(cache_->store_->backend(), rows_.size());
   refresh(stream);
 }
 

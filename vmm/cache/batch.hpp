@@ -80,7 +80,7 @@ class Batch {
   std::vector<std::shared_ptr<Sequence>> rows_;
   std::vector<SequenceState*> states_;  // of rows_, for the fast path
   const std::optional<SlotLease> lease_;
-  const std::shared_ptr<BatchArrays> arrays_;  // of as many rows as the batch was made with
+  std::shared_ptr<BatchArrays> arrays_;  // of as many rows as the batch was made with
 };
 
 }  // namespace kvspan
