@@ -4,13 +4,23 @@ Calls are evaluated in the world of test_errors.py. "..." in a message stands fo
 message names what was wrong, and what is allowed or what to do.
 """
 
+from device import DEVICE, IS_HOST, PAGE
+
 from kvspan import CapacityError, Error, InvalidArgument, OutOfMemory, ReleasedError
+from kvspan._check import size_text
 
 Case = tuple[str, type[Error], str]
 
 NO_SIZE = 'must be a number of bytes or a size such as "512MiB" or "4GiB" (units ...), not '
-PAGE_SIZES = "page_size is a power of two from 64 KiB to 64 MiB..., not "
-FRAME_SIZES = "max_frame_size must be 1, 2, 4, ... 1024 times the page size (64 KiB), not "
+
+
+def pages(n: float) -> str:
+    """Return the size of so many pages, as messages have it."""
+    return size_text(int(n * PAGE))
+
+
+PAGE_SIZES = f"page_size...is a power of two from {pages(1)} to 64 MiB..., not "
+FRAME_SIZES = f"max_frame_size must be 1, 2, 4, ... 1024 times the page size ({pages(1)}), not "
 DTYPES = "dtype must be one of float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, not "
 POSITIONS = "max_seq_len must be between 1 and 2147483647 (lengths are int32), not "
 OVERREAD = 'overread_tokens must be "auto" or between 0 and max_seq_len, not '
@@ -33,39 +43,28 @@ POOLS: list[Case] = [
     (
         "pool_of(capacity=3 * PAGE // 2)",
         InvalidArgument,
-        "capacity is a positive multiple of the page size (64 KiB), not 96 KiB",
+        f"capacity is a positive multiple of the page size ({pages(1)}), not {pages(1.5)}",
     ),
-    (
-        "Pool(capacity='1000TiB')",
-        InvalidArgument,
-        "capacity is 1000 TiB, more than the ...iB of memory that this process may use",
-    ),
-    ("Pool(page_size=3 * PAGE)", InvalidArgument, f"{PAGE_SIZES}192 KiB"),
+    ("Pool(page_size=3 * PAGE)", InvalidArgument, f"{PAGE_SIZES}{pages(3)}"),
     ("Pool(page_size=4096)", InvalidArgument, f"{PAGE_SIZES}4 KiB"),
     ("Pool(page_size='128MiB')", InvalidArgument, f"{PAGE_SIZES}128 MiB"),
     ("Pool(page_size=0)", InvalidArgument, "page_size must be between 1 and"),
-    ("pool_of(max_frame_size=3 * PAGE)", InvalidArgument, f"{FRAME_SIZES}192 KiB"),
-    ("pool_of(max_frame_size=PAGE // 2)", InvalidArgument, f"{FRAME_SIZES}32 KiB"),
+    ("pool_of(max_frame_size=3 * PAGE)", InvalidArgument, f"{FRAME_SIZES}{pages(3)}"),
+    ("pool_of(max_frame_size=PAGE // 2)", InvalidArgument, f"{FRAME_SIZES}{pages(0.5)}"),
     ("pool_of(max_frame_size=0)", InvalidArgument, "max_frame_size must be between 1 and"),
     ("pool_of(preallocate=-5)", InvalidArgument, "preallocate must be between 0 and ..., not -5"),
     (
         "pool_of(preallocate='1GiB')",
         OutOfMemory,
-        "1 GiB asked, 2 MiB free, ...create fewer frames ahead, or make a larger pool",
+        f"1 GiB asked, {pages(32)} free, ...create fewer frames ahead, or make a larger pool",
     ),
     (
         "pool_of(preallocate=PAGE, reserve='100TiB')",
         OutOfMemory,
-        "64 KiB asked, 0 B free, ...100 TiB of which are kept for others (`reserve`): release",
+        f"{pages(1)} asked, 0 B free, ...100 TiB of which are kept for others (`reserve`): release",
     ),
     ("Pool(reserve='all')", InvalidArgument, f"reserve {NO_SIZE}'all'"),
     ("Pool('tpu')", InvalidArgument, 'device must be "cpu", "cuda" or "cuda:N", not \'tpu\''),
-    ("Pool(peers=[1])", InvalidArgument, "peers and shareable are for GPUs; leave them out with"),
-    (
-        "a.extend(1, stream=5)",
-        InvalidArgument,
-        "the host has no streams; leave stream out, instead",
-    ),
     ("pool.preallocate(0.5)", InvalidArgument, f"n_bytes {NO_SIZE}0.5"),
     ("closed_pool.preallocate(1)", ReleasedError, POOL_CLOSED),
     ("closed_pool.trim()", ReleasedError, POOL_CLOSED),
@@ -136,11 +135,6 @@ CACHES: list[Case] = [
     ("cache_of(max_seq_len=-1)", InvalidArgument, f"{POSITIONS}-1"),
     ("cache_of(max_seq_len=1 << 31)", InvalidArgument, f"{POSITIONS}2147483648"),
     ("cache_of(max_seq_len=1 << 70)", InvalidArgument, "max_seq_len is out of range (...int32, at"),
-    (
-        "cache_of(max_seqs=1000, max_seq_len=1 << 30)",
-        CapacityError,
-        "cannot reserve ... TiB: the address space has no such range left; use fewer slots or posi",
-    ),
     ("cache_of(overread_tokens=-1)", InvalidArgument, f"{OVERREAD}-1"),
     ("cache_of(overread_tokens=1001)", InvalidArgument, f"{OVERREAD}1001"),
     (
@@ -186,8 +180,8 @@ SEQUENCES: list[Case] = [
     (
         "a.extend(700)",
         OutOfMemory,
-        "out of memory: 896 KiB asked, 512 KiB free, 0 B reclaimable; the pool's capacity is 2 MiB:"
-        " release or truncate sequences, or make a larger pool",
+        f"out of memory: {pages(14)} asked, {pages(8)} free, 0 B reclaimable; the pool's capacity "
+        f"is {pages(32)}: release or truncate sequences, or make a larger pool",
     ),
     ("released.extend(1)", ReleasedError, RELEASED),
     ("orphan.extend(1)", ReleasedError, OF_CLOSED),
@@ -256,7 +250,7 @@ BATCHES: list[Case] = [
         CapacityError,
         "row 0 has 300 tokens and cannot grow by 701: max_seq_len is 1000; take the row out of the",
     ),
-    ("listed.step(400)", OutOfMemory, "1 MiB asked, 512 KiB free, ...release or truncate sequence"),
+    ("listed.step(400)", OutOfMemory, f"{pages(16)} asked, {pages(8)} free, ...release or trunc"),
     ("row_released.step()", ReleasedError, RELEASED),
     ("orphans.step()", ReleasedError, OF_CLOSED),
     (
@@ -280,4 +274,42 @@ BATCHES: list[Case] = [
     ("orphans.select([0])", ReleasedError, CLOSED),
 ]
 
-TABLE = POOLS + CACHES + SEQUENCES + BATCHES
+OF_A_HOST: list[Case] = [
+    (
+        "Pool(capacity='1000TiB')",
+        InvalidArgument,
+        "capacity is 1000 TiB, more than the ...iB of memory that this process may use",
+    ),
+    ("Pool(peers=[1])", InvalidArgument, "peers and shareable are for GPUs; leave them out with"),
+    (
+        "a.extend(1, stream=5)",
+        InvalidArgument,
+        "the host has no streams; leave stream out, instead",
+    ),
+    (
+        "cache_of(max_seqs=1000, max_seq_len=1 << 30)",
+        CapacityError,
+        "cannot reserve ... TiB: the address space has no such range left; use fewer slots or posi",
+    ),
+]
+
+OF_A_GPU: list[Case] = [
+    (
+        "Pool(capacity='400TiB')",
+        InvalidArgument,
+        f"capacity is 400 TiB, more than the ...iB of memory that {DEVICE} has",
+    ),
+    ("Pool(peers=[0])", InvalidArgument, "cuda:0 cannot be a peer of cuda:0: peers are other dev"),
+    (
+        "a.extend(1, stream='5')",
+        InvalidArgument,
+        "stream must be a torch.cuda.Stream, an object with __cuda_stream__, a stream's handle or",
+    ),
+    (
+        "cache_of(max_seqs=1000, max_seq_len=1 << 30)",
+        CapacityError,
+        "the driver has no address space left for ...iB: lower max_seqs or max_seq_len",
+    ),
+]
+
+TABLE = POOLS + CACHES + SEQUENCES + BATCHES + (OF_A_HOST if IS_HOST else OF_A_GPU)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from device import PAGE, only_on_the_host
 from torch.nn.functional import scaled_dot_product_attention
 
 import kvspan
 
-PAGE = 64 << 10
 HEADS, DIM = 3, 32
 # What rounding to the dtype costs against float64, with room: about 2 units in the last place.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -57,6 +57,7 @@ def test_a_growing_batch(layout: str, dtype: torch.dtype) -> None:
     assert [k.data_ptr() for k, _ in (batch.layer(i) for i in range(4))] == addresses
 
 
+@only_on_the_host("zeros wherever nothing is mapped")
 def test_ragged_rows_under_a_mask() -> None:
     """Static shapes over unmapped tails: zeros are read there, so the mask leaves no NaN."""
     pool = kvspan.Pool(capacity=64 * PAGE, page_size=PAGE)

@@ -7,17 +7,16 @@ from collections.abc import Sequence as Items
 import numpy as np
 import pytest
 import torch
+from device import IS_HOST, PAGE, SCALE
 
 import kvspan
-
-PAGE = 64 << 10
 
 
 @pytest.fixture
 def cache(pool: kvspan.Pool) -> kvspan.KVCache:
     """16 tokens a page in each of two lanes, ten slots."""
     return kvspan.KVCache(
-        pool, 2, 4, 128, torch.float32, max_seqs=10, max_seq_len=160, layers_per_page=1
+        pool, 2, 4, 128 * SCALE, torch.float32, max_seqs=10, max_seq_len=160, layers_per_page=1
     )
 
 
@@ -89,7 +88,7 @@ def test_any_row_may_be_the_one_that_needs_a_page(cache: kvspan.KVCache, row: in
 
 def test_step_is_all_or_nothing() -> None:
     pool = kvspan.Pool(capacity=5 * PAGE, page_size=PAGE)
-    cache = kvspan.KVCache(pool, 1, 4, 128, torch.float32, max_seqs=3, max_seq_len=160)
+    cache = kvspan.KVCache(pool, 1, 4, 128 * SCALE, torch.float32, max_seqs=3, max_seq_len=160)
     batch = cache.batch(3)
     lengths = (16, 10, 16)
     for sequence, length in zip(batch.sequences, lengths, strict=True):
@@ -112,7 +111,7 @@ def test_rows_in_any_slots_index_the_tensors(cache: kvspan.KVCache) -> None:
     batch = cache.batch([sequences[3], sequences[1]])
     fill(batch, (20, 20))
     k, _ = cache.layer(1)
-    assert k[batch.slots.long(), 19, 3, 127].tolist() == [1, 2]
+    assert k[batch.slots.long(), 19, 3, -1].tolist() == [1, 2]
     assert repr(batch) == "<kvspan.Batch of 2 rows in any slots>"
 
 
@@ -123,7 +122,7 @@ def test_adjacent_rows_are_a_view(cache: kvspan.KVCache) -> None:
     assert repr(batch) == "<kvspan.Batch of 4 rows in adjacent slots from 1>"
     for i in range(2):
         for rows, plane in zip(batch.layer(i), cache.layer(i), strict=True):
-            assert rows.shape == (4, 160, 4, 128)
+            assert rows.shape == (4, 160, 4, 128 * SCALE)
             assert rows.data_ptr() == plane[1].data_ptr()
             assert rows.stride() == plane.stride()
     assert first.slot == 0
@@ -222,7 +221,8 @@ def test_release_of_a_row_empties_its_slot(cache: kvspan.KVCache) -> None:
     fill(batch, (40, 40))
     batch.sequences[0].release()
     assert cache.stats().mapped_bytes == 2 * 3 * PAGE
-    assert not batch.layer(0)[0][0].any()
+    if IS_HOST:
+        assert not batch.layer(0)[0][0].any()
     with pytest.raises(kvspan.ReleasedError):
         batch.select([0, 1])
     batch.select([1])
@@ -231,7 +231,7 @@ def test_release_of_a_row_empties_its_slot(cache: kvspan.KVCache) -> None:
 
 def test_256_rows() -> None:
     pool = kvspan.Pool(capacity=256 * PAGE, page_size=PAGE)
-    cache = kvspan.KVCache(pool, 1, 1, 64, max_seqs=256, max_seq_len=1000)
+    cache = kvspan.KVCache(pool, 1, 1, 64 * SCALE, max_seqs=256, max_seq_len=1000)
     batch = cache.batch(256)
     for step in range(30):
         assert (batch.step() == step).all()

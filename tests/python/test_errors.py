@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device import IS_HOST, PAGE, SCALE, only_on_the_host
 from error_table import TABLE
 
 import kvspan
 from kvspan import BusyError, CapacityError, KVCache, LayerSpec, OutOfMemory, Pool
 
-PAGE = 64 << 10
 BUILTIN = {
     kvspan.OutOfMemory: MemoryError,
     kvspan.InvalidArgument: ValueError,
@@ -38,7 +38,7 @@ def pool_of(**options: Any) -> Pool:
 
 
 def cache_of(pool: Pool, **options: Any) -> KVCache:
-    shape = {"n_layers": 4, "n_kv_heads": 5, "head_dim": 8, "dtype": torch.float32}
+    shape = {"n_layers": 4, "n_kv_heads": 5, "head_dim": 8 * SCALE, "dtype": torch.float32}
     return KVCache(pool, **{**shape, "max_seqs": 4, "max_seq_len": 1000, **options})
 
 
@@ -67,7 +67,7 @@ class World:
         self.row_released = self.other.batch([self.foreign, self.released])
         self.released.release()
 
-        specs = [LayerSpec(1, 32, torch.float32, window) for window in (None, 40)]
+        specs = [LayerSpec(1, 32 * SCALE, torch.float32, window) for window in (None, 40)]
         self.hybrid = layers_of(pool_of(), specs)
         self.windowed = self.hybrid.sequence()
         self.windowed.extend(200)
@@ -149,6 +149,7 @@ def test_out_of_memory_carries_its_figures(world: World) -> None:
     world.a.extend(700)
 
 
+@only_on_the_host("limits of a process")
 @pytest.mark.parametrize(
     ("limit", "to", "says"),
     [
@@ -175,6 +176,7 @@ def test_limits_that_a_new_pool_meets(world: World, limit: int, to: int, says: s
     world.goes_on()
 
 
+@only_on_the_host("limits of a process")
 def test_limit_of_address_space_that_a_new_cache_meets(world: World) -> None:
     before = world.state()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -258,9 +260,10 @@ def test_numpy_refuses_what_it_does_not_have(world: World) -> None:
 
 def test_dlpack_refuses_what_it_cannot_do(world: World) -> None:
     view = world.cache.view(0, 0)
-    with pytest.raises(BufferError, match="no stream; pass stream=None"):
-        view.__dlpack__(stream=1)
+    wrong, says = (1, "no stream; pass stream=None") if IS_HOST else (0, "stream must be None, -1")
+    with pytest.raises(BufferError, match=says):
+        view.__dlpack__(stream=wrong)
     with pytest.raises(BufferError, match="a view of its device's memory and is not copied"):
-        view.__dlpack__(dl_device=(2, 0))
+        view.__dlpack__(dl_device=(2, 0) if IS_HOST else (1, 0))
     with pytest.raises(BufferError, match="views are not copied here; copy the result"):
         view.__dlpack__(copy=True)

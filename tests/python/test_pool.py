@@ -6,16 +6,17 @@ import threading
 
 import pytest
 import torch
+from device import DEVICE, PAGE, SCALE, only_on_the_host
 
 import kvspan
+from kvspan._check import size_text
 
-PAGE = 64 << 10
 TOKENS = 16  # a page of `cache_of`
 
 
 def cache_of(pool: kvspan.Pool, dtype: torch.dtype = torch.float32, **options) -> kvspan.KVCache:
     """16 tokens a page, in any dtype."""
-    dim = 512 * 4 // dtype.itemsize
+    dim = 512 * SCALE * 4 // dtype.itemsize
     return kvspan.KVCache(pool, 1, 1, dim, dtype, max_seqs=4, max_seq_len=64 * TOKENS, **options)
 
 
@@ -30,15 +31,15 @@ def figures(pool: kvspan.Pool) -> tuple[int, int, int]:
 @pytest.mark.parametrize(
     ("size", "n_bytes"),
     [
-        (1 << 20, 1 << 20),
-        ("1048576", 1 << 20),
-        ("1048576B", 1 << 20),
-        ("1024KiB", 1 << 20),
-        (" 1 MiB ", 1 << 20),
-        ("1.5MiB", 3 << 19),
+        (2 << 20, 2 << 20),
+        ("2097152", 2 << 20),
+        ("2097152B", 2 << 20),
+        ("2048KiB", 2 << 20),
+        (" 2 MiB ", 2 << 20),
+        ("1.5GiB", 3 << 29),
         ("0.25GiB", 1 << 28),
         ("0.0009765625TiB", 1 << 30),
-        (torch.tensor(1 << 20), 1 << 20),
+        (torch.tensor(2 << 20), 2 << 20),
     ],
 )
 def test_sizes_as_people_write_them(size: int | str, n_bytes: int) -> None:
@@ -78,7 +79,7 @@ def test_preallocated_frames_are_taken_without_creating_any(pool: kvspan.Pool) -
     sequence.extend(8 * TOKENS)
     assert pool.stats().calls["create"] == before
     assert figures(pool) == (8, 0, 56)
-    pool.preallocate("128KiB")
+    pool.preallocate(2 * PAGE)
     assert figures(pool) == (8, 2, 54)
     with pytest.raises(kvspan.OutOfMemory):
         pool.preallocate(57 * PAGE)
@@ -95,6 +96,7 @@ def test_the_whole_capacity_can_be_used(pool: kvspan.Pool) -> None:
         sequences[0].extend(1)
 
 
+@only_on_the_host("huge pages are the kernel's")
 def test_huge_pages_are_counted_and_refusals_explained() -> None:
     def run(**options) -> kvspan.PoolStats:
         pool = kvspan.Pool(capacity="16MiB", preallocate="8MiB", **options)
@@ -112,11 +114,11 @@ def test_huge_pages_are_counted_and_refusals_explained() -> None:
 
 
 def test_repr_and_context_manager() -> None:
-    with kvspan.Pool(capacity="4MiB", page_size=PAGE, preallocate="1MiB") as pool:
+    with kvspan.Pool(capacity=64 * PAGE, page_size=PAGE, preallocate=16 * PAGE) as pool:
         cache_of(pool).sequence().extend(2 * TOKENS)
-        assert repr(pool).startswith("<kvspan.Pool on cpu: ")
-        assert "not created, pages of 64 KiB>" in repr(pool)
-        assert (pool.device, pool.page_size, pool.capacity) == ("cpu", PAGE, 4 << 20)
+        assert repr(pool).startswith(f"<kvspan.Pool on {DEVICE}: ")
+        assert f"not created, pages of {size_text(PAGE)}>" in repr(pool)
+        assert (pool.device, pool.page_size, pool.capacity) == (DEVICE, PAGE, 64 * PAGE)
     assert repr(pool) == "<kvspan.Pool, closed>"
     pool.close()
 

@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from device import IS_HOST, PAGE, SCALE, finish_default_stream
 
 import kvspan
 from kvspan import KVCache, LayerSpec, Pool
 
-PAGE = 64 << 10
+TOKEN = PAGE // 16  # bytes of one in `cache_of`
 # Calls that make, map and unmap memory: what rule 1 keeps off the critical path.
 DRIVER = ("reserve", "free", "create", "release", "map", "set_access", "unmap", "wait_fence")
 
 
 def cache_of(pool: Pool, **options: Any) -> KVCache:
-    """16 tokens a page: records of 4 KiB."""
-    shape = {"n_layers": 1, "n_kv_heads": 4, "head_dim": 128, "dtype": torch.float32}
+    """16 tokens a page."""
+    shape = {"n_layers": 1, "n_kv_heads": 4, "head_dim": 128 * SCALE, "dtype": torch.float32}
     return KVCache(pool, **{**shape, "max_seqs": 8, "max_seq_len": 512, **options})
 
 
@@ -49,7 +50,9 @@ def test_extend_within_a_page_calls_nobody(pool: Pool) -> None:
 def test_a_long_prompt_is_mapped_by_one_call(pool: Pool) -> None:
     cache = cache_of(pool)
     cache.sequence().extend(500)
-    assert cache.stats().calls["map"] == (1, 32)  # adjacent frames under adjacent pages
+    # Adjacent frames under adjacent pages; a GPU takes a call for each, and one to grant access.
+    assert cache.stats().calls["map"] == (1 if IS_HOST else 32, 32)
+    assert cache.stats().calls["set_access"].calls == (0 if IS_HOST else 1)
 
 
 def test_figures_of_a_growing_sequence(pool: Pool) -> None:
@@ -58,8 +61,8 @@ def test_figures_of_a_growing_sequence(pool: Pool) -> None:
     assert cache.stats().waste == 0
     sequence.extend(10)
     s = cache.stats()
-    assert cache.bytes_per_token == 4096
-    assert (s.used_bytes, s.partial_bytes) == (10 * 4096, 6 * 4096)
+    assert cache.bytes_per_token == TOKEN
+    assert (s.used_bytes, s.partial_bytes) == (10 * TOKEN, 6 * TOKEN)
     assert (s.ahead_bytes, s.kept_bytes, s.shared_bytes) == (PAGE, 0, 0)  # 30 tokens: two pages
     assert s.mapped_bytes == 2 * PAGE
     assert s.waste == 1 - 10 / 32
@@ -79,7 +82,9 @@ def test_truncate_keeps_what_is_soon_needed_again(pool: Pool) -> None:
     sequence.extend(10)
     assert driver_calls(cache) == before
     sequence.truncate(0)
-    assert kept_pages(cache) == 2  # the limit: two pages a lane where 2% are less
+    # The limit: two pages a lane where 2% are less. What a GPU may still be reading stays until
+    # somebody needs it.
+    assert kept_pages(cache) in ((2,) if IS_HOST else (2, 7))
     assert len(sequence) == 0
 
 
@@ -88,12 +93,12 @@ def test_tensors_of_a_sequence_are_its_tokens(cache: KVCache) -> None:
     for i, sequence in enumerate((first, second)):
         sequence.extend(60)
         for plane in sequence.layer(1):
-            assert plane.shape == (60, 5, 16)
+            assert plane.shape == (60, 5, 16 * SCALE)
             plane.fill_(i + 1)
     k, v = cache.layer(1)
     assert torch.equal(k[[first.slot, second.slot], 59, 0, 0], torch.tensor([1.0, 2.0]))
     assert second.layer(1)[1].data_ptr() == v[second.slot].data_ptr()
-    assert not cache.layer(0)[0].any()
+    assert not any(sequence.layer(0)[0].any() for sequence in (first, second))
 
 
 # Slots
@@ -105,6 +110,7 @@ def test_next_sequence_takes_over_what_the_last_one_left(pool: Pool) -> None:
     first.extend(100)
     slot = first.slot
     first.release()
+    finish_default_stream()  # slots that are still read come last
     assert kept_pages(cache) == 7
     before = driver_calls(cache)
     second = cache.sequence(100)
@@ -124,6 +130,7 @@ def test_slots_are_chosen_by_what_fits(pool: Pool) -> None:
         sequence.release()
     hints = {0: 2, 30: 2, 33: 4, 16 * 4: 4, 16 * 9: 16, 512: 16}
     for hint, n_pages in hints.items():
+        finish_default_stream()
         with cache.sequence(hint) as sequence:
             expected = slots[(2, 8, 4, 16).index(n_pages)] if hint else sequence.slot
             assert sequence.slot == expected, hint
@@ -131,7 +138,7 @@ def test_slots_are_chosen_by_what_fits(pool: Pool) -> None:
     assert kept_pages(cache) == 0
 
 
-@pytest.mark.parametrize(("keep", "n_pages"), [(0, 0), (3 * PAGE, 3), ("1MiB", 16), ("auto", 2)])
+@pytest.mark.parametrize(("keep", "n_pages"), [(0, 0), (3 * PAGE, 3), (16 * PAGE, 16), ("auto", 2)])
 def test_keep_limits_what_free_slots_hold(pool: Pool, keep: int | str, n_pages: int) -> None:
     cache = cache_of(pool, keep=keep)
     sequences = [cache.sequence() for _ in range(3)]
@@ -139,6 +146,8 @@ def test_keep_limits_what_free_slots_hold(pool: Pool, keep: int | str, n_pages: 
         sequence.extend(160)
     for sequence in sequences:
         sequence.release()
+    finish_default_stream()  # what is still read stays,
+    cache.sequence().release()  # until the next call that looks
     assert kept_pages(cache) == n_pages
     assert cache.stats().mapped_bytes == pool.stats().in_use_bytes == n_pages * PAGE
     assert cache.trim() == n_pages * PAGE
@@ -190,8 +199,11 @@ def test_fork_shares_whole_pages_and_copies_the_tail(pool: Pool) -> None:
 
     grandchild = child.fork()
     parent.release()
+    finish_default_stream()
+    cache.trim()  # on a GPU, what was still being read
     assert all(e.n_references in (1, 2) for e in cache.page_map())
     child.release()
+    cache.trim()
     assert cache.stats().shared_bytes == 0
     assert (grandchild.layer(0)[0][:40] == 1).all()
     assert {e.n_references for e in cache.page_map()} == {1}
@@ -220,7 +232,7 @@ def test_extending_after_truncating_into_a_shared_page_copies_first(pool: Pool) 
 
 
 def test_drop_before_frees_the_pages_of_layers_with_a_window(pool: Pool) -> None:
-    full, sliding = LayerSpec(4, 128, torch.float32), LayerSpec(4, 128, torch.float32, window=32)
+    full, sliding = (LayerSpec(4, 128 * SCALE, torch.float32, window) for window in (None, 32))
     cache = KVCache(pool, layers=[full, sliding], max_seqs=2, max_seq_len=512)
     sequence = cache.sequence()
     sequence.extend(160)
@@ -231,10 +243,11 @@ def test_drop_before_frees_the_pages_of_layers_with_a_window(pool: Pool) -> None
     sequence.drop_before(100)  # six whole pages
     after = cache.stats()
     assert before.mapped_bytes - after.mapped_bytes == 6 * PAGE
-    assert before.used_bytes - after.used_bytes == 100 * 4096
-    assert (after.partial_bytes, after.kept_bytes) == (4 * 4096, 0)  # 96 to 99, of a whole page
+    assert before.used_bytes - after.used_bytes == 100 * TOKEN
+    assert (after.partial_bytes, after.kept_bytes) == (4 * TOKEN, 0)  # 96 to 99, of a whole page
     assert (sequence.layer(0)[0] == 1).all()
-    assert not sequence.layer(1)[0][:96].any()
+    if IS_HOST:
+        assert not sequence.layer(1)[0][:96].any()
     assert (sequence.layer(1)[0][96:] == 2).all()
     sequence.drop_before(50)  # gone already
     assert cache.stats() == after
