@@ -207,8 +207,13 @@ CUresult CUDAAPI cuStreamGetDevice(CUstream stream, CUdevice* device) {
   return get("cuStreamGetDevice", stream, device, [](Stream* s) { return s->context->device; });
 }
 CUresult CUDAAPI cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
-  return get("cuStreamIsCapturing", stream, status,
-             [](Stream*) { return CU_STREAM_CAPTURE_STATUS_NONE; });
+  return with_stream("cuStreamIsCapturing", stream, [&](Call& call, Stream* s) -> CUresult {
+    if (status == nullptr) return call.misuse(CUDA_ERROR_INVALID_VALUE, "null");
+    if (call.s.capture.is_implied_by(*s)) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+    *status = call.s.capture.stream == s ? CU_STREAM_CAPTURE_STATUS_ACTIVE
+                                         : CU_STREAM_CAPTURE_STATUS_NONE;
+    return CUDA_SUCCESS;
+  });
 }
 CUresult CUDAAPI cuStreamGetCtx(CUstream stream, CUcontext* context) {
   return get_context(stream, context);
@@ -275,8 +280,7 @@ EMULATOR_EXPORT CUresult CUDAAPI cuEventElapsedTime(float* milliseconds, CUevent
 CUresult CUDAAPI cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
   return enter("cuThreadExchangeStreamCaptureMode", Call::kInit, {}, [&](Call& call) -> CUresult {
     if (mode == nullptr) return call.misuse(CUDA_ERROR_INVALID_VALUE, "null");
-    thread_local CUstreamCaptureMode current = CU_STREAM_CAPTURE_MODE_GLOBAL;
-    std::swap(current, *mode);
+    std::swap(emulator::capture_mode(), *mode);
     return CUDA_SUCCESS;
   });
 }

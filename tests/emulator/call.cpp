@@ -20,6 +20,10 @@ CUresult Call::begin() {
         current_destroyed() ? CUDA_ERROR_CONTEXT_IS_DESTROYED : CUDA_ERROR_INVALID_CONTEXT,
         current_destroyed() ? "the current context was released" : "no context is current");
   }
+  if (s.capture.forbids(name)) {
+    return violation(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+                     "potentially unsafe while a stream is being captured, which this would spoil");
+  }
   s.streams.catch_up(lock);
   return CUDA_SUCCESS;
 }

@@ -219,6 +219,25 @@ int kvspan_emulator_write_kernel(void* stream, unsigned long long ptr, size_t si
                 value, nullptr);
 }
 
+int kvspan_emulator_begin_capture(void* handle, int mode) {
+  return enter(
+      "cuStreamBeginCapture", Call::kContext, {number(handle)}, [&](Call& call) -> CUresult {
+        const Stream* stream = call.s.streams.find(static_cast<CUstream>(handle), call.context);
+        if (stream == nullptr || stream->legacy || mode < 0 || mode > 2) {
+          return call.misuse(CUDA_ERROR_INVALID_VALUE,
+                             "no stream that can be captured, or no mode");
+        }
+        call.s.capture = {stream, static_cast<CUstreamCaptureMode>(mode),
+                          std::this_thread::get_id()};
+        return CUDA_SUCCESS;
+      });
+}
+
+void kvspan_emulator_end_capture(void) {
+  const Guard guard(state().mutex);
+  state().capture = {};
+}
+
 int kvspan_emulator_kernel_result(unsigned long long token, unsigned long long* sum) {
   State& s = state();
   std::unique_lock lock(s.mutex);

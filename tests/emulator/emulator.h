@@ -101,6 +101,13 @@ KVSPAN_EMULATOR_API int kvspan_emulator_kernel_result(unsigned long long token,
 /* The same checksum (FNV-1a, 64 bits) over host memory, to compare with. */
 KVSPAN_EMULATOR_API unsigned long long kvspan_emulator_checksum(const void* data, size_t size);
 
+/* Declares `stream` (of the current context) to be captured by the calling thread, in a mode of
+ * CUstreamCaptureMode (0: global, 1: thread-local, 2: relaxed). Nothing is recorded: work that is
+ * queued there is a violation, and so is an unsafe call that the modes forbid. One capture at a
+ * time. Returns a CUresult. */
+KVSPAN_EMULATOR_API int kvspan_emulator_begin_capture(void* stream, int mode);
+KVSPAN_EMULATOR_API void kvspan_emulator_end_capture(void);
+
 /* -- Device memory behind the client's back ---------------------------------------------------- */
 
 /* Copies from or to mapped device memory at once, whatever the access rights and the streams.

@@ -56,6 +56,7 @@ void State::reset(Options chosen) {
   for (int device = 0; device < kMostDevices; ++device)
     contexts[static_cast<std::size_t>(device)] = {device, 0, 0};
   created_contexts.clear();
+  capture = {};
   initialised = false;
   ++generation;
   reported_leaks = {};

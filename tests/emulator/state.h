@@ -10,6 +10,7 @@
 #include <string>
 
 #include "calls.h"
+#include "capture.h"
 #include "clock.h"
 #include "memory.h"
 #include "options.h"
@@ -30,6 +31,7 @@ struct State {
   Clock clock;
   Memory memory{options};
   Streams streams{*this};
+  Capture capture;
   std::array<Context, kMostDevices> contexts;  // the primary ones, by device
   std::deque<Context> created_contexts;  // by cuCtxCreate; destroyed ones stay, without references
   bool initialised = false;

@@ -158,6 +158,9 @@ void Streams::submit(Stream* stream, const OperationPtr& operation) {
   Operation& op = *operation;
   op.number = next_number_++;
   op.stream = stream;
+  if (state_.capture.stream == stream || state_.capture.is_implied_by(*stream)) {
+    state_.report.violation(std::string(op.name) + ": queued on a stream that is being captured");
+  }
   // cuda.h, "Stream synchronization behavior": the legacy stream waits for all blocking streams of
   // its context and they wait for it.
   if (stream->legacy) {
