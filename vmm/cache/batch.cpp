@@ -54,9 +54,7 @@ Address BatchArrays::device(Which which) const noexcept {
 
 Batch::Batch(std::shared_ptr<Cache> cache, std::vector<std::shared_ptr<Sequence>> rows,
              Stream stream, std::optional<SlotLease> lease)
-    : cache_(std::move(cache)),
-      rows_(std::move(rows)),
-      lease_(lease) {
+    : cache_(std::move(cache)), rows_(std::move(rows)), lease_(lease) {
   if (rows_.empty()) throw InvalidArgument("a batch has at least one row");
   for (const auto& row : rows_) {
     if (row->cache() != cache_) {
@@ -130,18 +128,19 @@ void Batch::refresh(Stream stream) {
   cache_->check_usable();
   const auto lengths = arrays_->host(Which::lengths);
   const auto slots = arrays_->host(Which::slots);
-  bool is_changed = false;
   {
     const std::scoped_lock lock(cache_->mutex_);
     for (std::size_t i = 0; i < states_.size(); ++i) {
       const std::int32_t length = states_[i]->length.load(std::memory_order_relaxed);
       const std::int32_t slot = states_[i]->slot.value;
-      is_changed = is_changed || lengths[i] != length || slots[i] != slot;
+      is_stale_ = is_stale_ || lengths[i] != length || slots[i] != slot;
       lengths[i] = length;
       slots[i] = slot;
     }
   }
-  if (is_changed) arrays_->publish(stream);
+  if (!is_stale_) return;
+  arrays_->publish(stream);
+  is_stale_ = false;
 }
 
 void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
