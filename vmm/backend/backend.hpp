@@ -168,7 +168,8 @@ class Backend {
   // Sets mapped bytes to `value`, ordered likewise.
   void fill(Address at, std::uint8_t value, Bytes size, Stream stream);
 
-  // A fence behind all work that the stream has now.
+  // A fence behind all work that the stream has now. This and whatever else takes a stream throws
+  // InvalidArgument for one that is being captured into a graph.
   Fence record_fence(Stream stream);
   // Whether the fence has been passed; never blocks.
   virtual bool is_passed(Fence fence) const noexcept = 0;

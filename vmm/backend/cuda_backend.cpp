@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "backend/cuda_capture.hpp"
 #include "backend/cuda_context.hpp"
 #include "backend/cuda_fences.hpp"
 #include "backend/cuda_frames.hpp"
@@ -226,12 +227,14 @@ void CudaBackend::do_unmap(VirtualRange range, std::uint32_t handles) {
 
 void CudaBackend::do_copy(Address to, Address from, Bytes size, Stream stream) {
   const Current current = enter();
+  require_no_capture(api(), stream_of(stream));
   check(api(), api().cuMemcpyDtoDAsync(pointer(to), pointer(from), size.value, stream_of(stream)),
         "cuMemcpyDtoDAsync", "cannot copy " + to_string(size));
 }
 
 void CudaBackend::do_fill(Address at, std::uint8_t value, Bytes size, Stream stream) {
   const Current current = enter();
+  require_no_capture(api(), stream_of(stream));
   check(api(), api().cuMemsetD8Async(pointer(at), value, size.value, stream_of(stream)),
         "cuMemsetD8Async", "cannot fill " + to_string(size));
 }

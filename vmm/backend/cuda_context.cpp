@@ -33,16 +33,30 @@ CUresult Current::enter(const char** call) noexcept {
   CUcontext now = nullptr;
   *call = "cuCtxGetCurrent";
   CUresult result = api.cuCtxGetCurrent(&now);
-  if (result != CUDA_SUCCESS || now == context_.handle()) return result;
-  *call = "cuCtxPushCurrent";
-  result = api.cuCtxPushCurrent(context_.handle());
-  is_pushed_ = result == CUDA_SUCCESS;
+  if (result != CUDA_SUCCESS) return result;
+  if (now != context_.handle()) {
+    *call = "cuCtxPushCurrent";
+    result = api.cuCtxPushCurrent(context_.handle());
+    if (result != CUDA_SUCCESS) return result;
+    is_pushed_ = true;
+  }
+  *call = "cuThreadExchangeStreamCaptureMode";
+  result = api.cuThreadExchangeStreamCaptureMode(&mode_);
+  is_relaxed_ = result == CUDA_SUCCESS;
   return result;
+}
+
+void Current::leave() noexcept {
+  const Driver& api = context_.api();
+  CUcontext ours = nullptr;
+  if (is_relaxed_) context_.report_unless(api.cuThreadExchangeStreamCaptureMode(&mode_));
+  if (is_pushed_) context_.report_unless(api.cuCtxPopCurrent(&ours));
 }
 
 Current::Current(const Context& context) : context_(context) {
   const char* call = nullptr;
   const CUresult result = enter(&call);
+  if (result != CUDA_SUCCESS) leave();
   check(context.api(), result, call, "cannot use the device's context on this thread");
 }
 
@@ -51,9 +65,6 @@ Current::Current(const Context& context, std::nothrow_t) noexcept : context_(con
   context.report_unless(enter(&call));
 }
 
-Current::~Current() {
-  CUcontext ours = nullptr;
-  if (is_pushed_) context_.report_unless(context_.api().cuCtxPopCurrent(&ours));
-}
+Current::~Current() { leave(); }
 
 }  // namespace kvspan::cuda

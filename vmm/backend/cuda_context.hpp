@@ -1,5 +1,6 @@
 // The primary context of a device, which torch and everybody else in the process use too, and a
-// guard that makes it current on the calling thread for as long as a call lasts.
+// guard that makes it current on the calling thread for as long as a call lasts, in the relaxed
+// mode of stream capture (cuda_capture.hpp says why).
 //
 // Parts of the backend share a context and may outlive the backend, so it is the context that
 // counts what release paths could not do.
@@ -39,7 +40,7 @@ class Context {
   mutable std::atomic<std::uint64_t> failures_{0};
 };
 
-// Leaves the thread's own context as it was; pushes nothing where ours is current already.
+// Leaves the thread's own context and mode as they were; pushes nothing where ours is current.
 class Current {
  public:
   // Throws DriverError: nothing must be done in a context that may be another one.
@@ -52,9 +53,12 @@ class Current {
 
  private:
   CUresult enter(const char** call) noexcept;
+  void leave() noexcept;
 
   const Context& context_;
   bool is_pushed_ = false;
+  bool is_relaxed_ = false;
+  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;  // then: the thread's own
 };
 
 }  // namespace kvspan::cuda

@@ -129,6 +129,8 @@ std::unique_ptr<Driver> load() {
   KVSPAN_LOOK_UP(cuStreamDestroy, 4000);
   KVSPAN_LOOK_UP(cuStreamSynchronize, 2000);
   KVSPAN_LOOK_UP(cuStreamWaitEvent, 3020);
+  KVSPAN_LOOK_UP(cuStreamIsCapturing, 10000);
+  KVSPAN_LOOK_UP(cuThreadExchangeStreamCaptureMode, 10010);
   KVSPAN_LOOK_UP(cuEventCreate, 2000);
   KVSPAN_LOOK_UP(cuEventRecord, 2000);
   KVSPAN_LOOK_UP(cuEventQuery, 2000);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "backend/cuda_capture.hpp"
+
 namespace kvspan::cuda {
 
 namespace {
@@ -31,6 +33,7 @@ CUevent Fences::idle_event() {
 }
 
 Fence Fences::record(CUstream stream) {
+  require_no_capture(api_, stream);
   const std::scoped_lock lock(mutex_);
   reap();
   idle_.reserve(idle_.size() + recorded_.size() + 1);  // giving events back cannot fail
@@ -100,6 +103,7 @@ void Fences::order_after(CUstream stream, Fence fence) {
   const std::scoped_lock lock(mutex_);
   Recorded* const recorded = find(fence.id);
   if (recorded == nullptr) return;
+  require_no_capture(api_, stream);
   check(api_, api_.cuStreamWaitEvent(stream, recorded->event, 0), "cuStreamWaitEvent",
         "cannot order the stream after a fence");
 }

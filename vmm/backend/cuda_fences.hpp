@@ -23,13 +23,13 @@ class Fences {
   Fences& operator=(const Fences&) = delete;
   ~Fences();
 
-  // Throws DriverError.
+  // These throw InvalidArgument for a stream that is being captured, and DriverError.
   Fence record(CUstream stream);
+  void order_after(CUstream stream, Fence fence);
   // False also when the driver cannot tell, which is reported: better to wait for ever than to
   // reuse too early.
   bool is_passed(Fence fence) noexcept;
   void wait(Fence fence);
-  void order_after(CUstream stream, Fence fence);
 
  private:
   struct Recorded {

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "backend/cuda_capture.hpp"
 #include "backend/host_fork.hpp"
 #include "core/sizes.hpp"
 
@@ -71,10 +72,11 @@ void CudaMirror::publish(Stream stream) {
   const std::scoped_lock lock(mutex_);
   const Current current(context_);
   const Driver& api = context_.api();
+  const auto on = reinterpret_cast<CUstream>(stream.handle);
+  require_no_capture(api, on);
   fences_.wait(copied_[next_]);  // of a ring of publications ago: done, as a rule
   std::byte* const buffer = pinned_ + next_ * bytes_.size();
   std::memcpy(buffer, bytes_.data(), bytes_.size());
-  const auto on = reinterpret_cast<CUstream>(stream.handle);
   check(api, api.cuMemcpyHtoDAsync(device_, buffer, bytes_.size(), on), "cuMemcpyHtoDAsync",
         "cannot bring a batch's arrays up to date");
   try {

@@ -71,8 +71,8 @@ CudaOptions checked(const Context& context, CudaOptions o) {
         "cannot ask how much memory there is");
   if (o.capacity.value > total) {
     throw InvalidArgument("capacity is " + to_string(o.capacity) + ", more than the " +
-                          to_string(Bytes(total)) + " of memory that cuda:" +
-                          std::to_string(o.ordinal) + " has");
+                          to_string(Bytes(total)) +
+                          " of memory that cuda:" + std::to_string(o.ordinal) + " has");
   }
   if (o.largest_class.value > FrameId::kMaxClass) {
     throw InvalidArgument("largest_class is at most " + std::to_string(FrameId::kMaxClass) +

@@ -9,6 +9,7 @@
 #include <fstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "backend/child.hpp"
@@ -207,6 +208,7 @@ constexpr const char* kCallsThatThrow =
     "cuMemGetAllocationGranularity,cuStreamCreate,cuMemGetInfo,cuMemAddressReserve,cuMemCreate,"
     "cuMemMap,cuMemSetAccess,cuMemAlloc,cuMemHostAlloc,cuMemcpyHtoDAsync,cuMemcpyDtoDAsync,"
     "cuMemsetD8Async,cuEventCreate,cuEventRecord,cuEventSynchronize,cuStreamWaitEvent,"
+    "cuStreamIsCapturing,"
     "cuMemExportToShareableHandle,cuMemImportFromShareableHandle";
 
 BOOST_FIXTURE_TEST_CASE(every_call_may_fail_and_is_taken_back, Clean) {
@@ -296,7 +298,8 @@ BOOST_FIXTURE_TEST_CASE(nothing_is_done_in_another_context, Clean) {
   const auto b = cuda();
   const VirtualRange range = b->reserve(kPage * 2, Unmapped::fault);
   const auto refused = [&](auto body) {
-    for (const char* name : {"cuCtxGetCurrent", "cuCtxPushCurrent"}) {
+    for (const char* name :
+         {"cuCtxGetCurrent", "cuCtxPushCurrent", "cuThreadExchangeStreamCaptureMode"}) {
       fail(name);
       BOOST_CHECK_THROW(body(), DriverError);
     }
@@ -433,6 +436,77 @@ BOOST_FIXTURE_TEST_CASE(fences_that_nobody_asks_for_use_few_events, Clean) {
   BOOST_TEST(b->is_passed(Fence{1}));  // forgotten long ago
 }
 
+// A stream of somebody else's that is recorded into a graph for as long as this lives.
+class Captured {
+ public:
+  explicit Captured(int mode, unsigned flags = 1 /* CU_STREAM_NON_BLOCKING */) {
+    BOOST_REQUIRE(function<int(void**, unsigned)>("cuStreamCreate")(&stream_, flags) == 0);
+    BOOST_REQUIRE(EMULATOR(begin_capture)(stream_, mode) == 0);
+  }
+  Captured(const Captured&) = delete;
+  Captured& operator=(const Captured&) = delete;
+  ~Captured() {
+    EMULATOR(end_capture)();
+    function<int(void*)>("cuStreamDestroy_v2")(stream_);
+  }
+  Stream get() const { return {reinterpret_cast<std::uintptr_t>(stream_)}; }
+
+ private:
+  void* stream_ = nullptr;
+};
+
+constexpr int kGlobal = 0;  // CU_STREAM_CAPTURE_MODE_GLOBAL, and torch.cuda.graph's default
+
+BOOST_FIXTURE_TEST_CASE(a_capture_is_not_spoilt, Clean) {
+  const auto b = cuda();
+  const UserContext context;
+  const Captured captured(kGlobal);
+  BOOST_TEST(live() == 0u);  // by the capturing thread, and by others; a violation would be told
+  std::thread other([] { BOOST_TEST(live() == 0u); });
+  other.join();
+  int mode = 2;  // the thread's own mode is as it was
+  BOOST_TEST(function<int(int*)>("cuThreadExchangeStreamCaptureMode")(&mode) == 0);
+  BOOST_TEST(mode == kGlobal);
+  BOOST_TEST(function<int(int*)>("cuThreadExchangeStreamCaptureMode")(&mode) == 0);
+}
+
+BOOST_FIXTURE_TEST_CASE(nothing_is_queued_on_a_stream_that_is_captured, Clean) {
+  const auto b = cuda();
+  const UserContext context;
+  const auto mirror = b->make_mirror(Bytes(4));
+  const VirtualRange range = b->reserve(kPage, Unmapped::fault);
+  b->create(frames(0, 1));
+  b->map(range.base, frames(0, 1), Access::read_write);
+  EMULATOR(hold_streams)(1);
+  b->fill(range.base, 1, kPage, b->own_stream());
+  const Fence fence = b->record_fence(b->own_stream());
+  const auto refused = [&](Stream stream) {
+    const auto is_named = [](auto body) {
+      return throws_naming<InvalidArgument>(body, "captured into a CUDA graph");
+    };
+    BOOST_TEST(is_named([&] { b->record_fence(stream); }));
+    BOOST_TEST(is_named([&] { b->order_after(stream, fence); }));
+    BOOST_TEST(is_named([&] { b->copy(range.base, range.base + kMiB, kMiB, stream); }));
+    BOOST_TEST(is_named([&] { b->fill(range.base, 1, kPage, stream); }));
+    BOOST_TEST(is_named([&] { mirror->publish(stream); }));
+  };
+  {
+    const Captured captured(kGlobal);
+    refused(captured.get());
+    static_cast<void>(b->record_fence({}));  // the default stream has nothing to do with it,
+  }
+  {
+    const Captured captured(kGlobal, 0);
+    refused({});  // unless the captured one is blocking
+  }
+  EMULATOR(hold_streams)(0);
+  b->wait(fence);
+  b->unmap(range, 1);
+  b->release(frames(0, 1));
+  b->free(range);
+  BOOST_TEST(b->failure_count() == 0u);
+}
+
 // ---- limits and arguments ----
 
 BOOST_FIXTURE_TEST_CASE(the_budget_of_mappings_is_an_error_that_says_so, Clean) {
@@ -478,7 +552,7 @@ BOOST_AUTO_TEST_CASE(the_drivers_own_limit_is_an_error_and_is_taken_back) {
 BOOST_AUTO_TEST_CASE(memory_that_is_short_is_an_answer) {
   BOOST_REQUIRE(EMULATOR(reset)("memory=512MiB") == 0);
   {
-    const auto b = cuda(kPage, kMiB * 1024);
+    const auto b = cuda(kPage, kMiB * 512);
     const std::uint64_t before = b->memory_info().available.value;
     BOOST_TEST(before == (kMiB * 256).value);  // the rest is kept for others
     BOOST_CHECK_THROW(b->create(frames(0, 200)), OutOfMemory);
