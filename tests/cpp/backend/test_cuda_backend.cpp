@@ -1,13 +1,10 @@
-// The CUDA backend: the contract on whatever driver is found, and, where that is the emulator,
-// every call of it failing at every position, and what streams, limits and forks ask for. On the
-// emulator nothing here is a GPU result.
-#include <dlfcn.h>
+// The CUDA backend on the driver emulator: the contract, every call failing at every position, and
+// what streams, limits and forks ask for. Nothing here is a GPU result; test_gpu.cpp is for a GPU.
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <boost/test/unit_test.hpp>
 #include <fstream>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -15,6 +12,7 @@
 #include "backend/child.hpp"
 #include "backend/contract.hpp"
 #include "backend/cuda_backend.hpp"
+#include "backend/cuda_rig.hpp"
 #include "backend/exec_self.hpp"
 #include "core/errors.hpp"
 #include "core/sizes.hpp"
@@ -28,81 +26,12 @@ constexpr Bytes kPage = kMiB * 2;
 constexpr int kOutOfMemory = 2;  // CUDA_ERROR_OUT_OF_MEMORY
 constexpr int kUnknown = 999;    // CUDA_ERROR_UNKNOWN
 
-void* library() {
-  static void* const found = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  return found;
-}
-
-template <class F>
-F* function(const char* name) {
-  void* const found = library() == nullptr ? nullptr : dlsym(library(), name);
-  BOOST_REQUIRE_MESSAGE(found != nullptr,
-                        name << ": the driver on LD_LIBRARY_PATH has no such function");
-  return reinterpret_cast<F*>(found);
-}
 #define EMULATOR(name) function<decltype(kvspan_emulator_##name)>("kvspan_emulator_" #name)
-
-bool is_emulated() {
-  return library() != nullptr && dlsym(library(), "kvspan_emulator_reset") != nullptr;
-}
 
 boost::test_tools::assertion_result on_the_emulator(boost::unit_test::test_unit_id) {
   boost::test_tools::assertion_result result(is_emulated());
   result.message() << "the driver is not the emulator";
   return result;
-}
-
-CudaOptions options(Bytes page_size, Bytes capacity) {
-  return {.page_size = page_size,
-          .capacity = capacity,
-          .largest_class = SizeClass(2),
-          .is_shareable = true};
-}
-
-std::unique_ptr<Backend> cuda(Bytes page_size, Bytes capacity) {
-  return make_cuda_backend(options(page_size, capacity));
-}
-
-std::unique_ptr<Backend> cuda() { return cuda(kPage, kMiB * 32); }
-
-FrameRun frames(std::uint32_t first, std::uint32_t count) {
-  return {FrameId(SizeClass(0), first), count};
-}
-
-// The context of another user of the device in this process, such as torch.
-class UserContext {
- public:
-  UserContext() {
-    void* context = nullptr;
-    const int retained = function<int(void**, int)>("cuDevicePrimaryCtxRetain")(&context, 0);
-    const int pushed = function<int(void*)>("cuCtxPushCurrent_v2")(context);
-    if (retained != 0 || pushed != 0) throw std::runtime_error("no context");
-  }
-  UserContext(const UserContext&) = delete;
-  UserContext& operator=(const UserContext&) = delete;
-  ~UserContext() {
-    void* popped = nullptr;
-    function<int(void**)>("cuCtxPopCurrent_v2")(&popped);
-    function<int(int)>("cuDevicePrimaryCtxRelease_v2")(0);
-  }
-};
-
-// Device memory is not the host's to read: the driver copies it.
-std::uint8_t peek(Backend&, Address at) {
-  static void* const context = [] {
-    void* made = nullptr;
-    BOOST_REQUIRE(function<int(void**, int)>("cuDevicePrimaryCtxRetain")(&made, 0) == 0);
-    BOOST_REQUIRE(function<int(int)>("cuDevicePrimaryCtxRelease_v2")(0) == 0);
-    return made;
-  }();
-  std::uint8_t value = 0;
-  void* popped = nullptr;
-  BOOST_REQUIRE(function<int(void*)>("cuCtxPushCurrent_v2")(context) == 0);
-  const int result =
-      function<int(void*, unsigned long long, std::size_t)>("cuMemcpyDtoH_v2")(&value, at.value, 1);
-  BOOST_REQUIRE(function<int(void**)>("cuCtxPopCurrent_v2")(&popped) == 0);
-  BOOST_REQUIRE_MESSAGE(result == 0, "cuMemcpyDtoH: " << result);
-  return value;
 }
 
 void require_clean() {
