@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args, rest = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
-        status = _demo(rest) if args.command == "demo" else _doctor(as_json=args.json)
+        status = _demo(rest) if args.command == "demo" else _doctor(args.gpu, as_json=args.json)
         sys.stdout.flush()
         return status
     except kvspan.Error as error:
@@ -66,6 +67,15 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "a GPU or why not. The exit status is 0 if the host backend works, otherwise 1.",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument(
+        "--gpu",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="check a GPU (cuda:N, the first by default) instead: the driver, each kind of call "
+        "timed, kvspan, attention; the exit status is 1 if anything fails or there is none",
+    )
     if words[:1] == ["demo"]:
         return parser.parse_args(["demo"]), words[1:]
     return parser.parse_args(words), []
@@ -77,9 +87,17 @@ def _demo(words: list[str]) -> int:
     return run_demo(words)
 
 
-def _doctor(as_json: bool) -> int:
+def _doctor(gpu: int | None, as_json: bool) -> int:
     from kvspan import doctor
 
+    if gpu is not None:
+        trial = doctor.try_gpu(gpu)
+        print(
+            json.dumps(dataclasses.asdict(trial), indent=2)
+            if as_json
+            else f"{doctor.format_versions()}\n\n{doctor.format_trial(trial)}"
+        )
+        return 0 if trial.passed else 1
     report = doctor.examine()
     print(json.dumps(report.as_dict(), indent=2) if as_json else doctor.format_report(report))
     return 0 if report.host.works else 1

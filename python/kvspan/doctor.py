@@ -14,7 +14,10 @@ import torch
 
 import kvspan
 from kvspan._gpu import Gpu, look_for_gpu
+from kvspan._gpu_trial import format_trial, try_gpu
 from kvspan._machine import Limits, read_limits, read_thp
+
+__all__ = ["examine", "format_report", "format_trial", "format_versions", "try_gpu"]
 
 TRIAL_PAGES = 4
 HUGE_PAGE = 2 << 20
@@ -89,18 +92,31 @@ def examine() -> Report:
     host = try_host()
     limits = read_limits()
     return Report(
-        versions={
-            "kvspan": kvspan.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "kernel": platform.release(),
-            "arch": platform.machine(),
-        },
+        versions=_versions(),
         host=host,
         limits=limits,
         transparent_hugepage=read_thp(),
         gpu=try_cuda(),
         advice=tuple(_advice(host, limits)),
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "kvspan": kvspan.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "kernel": platform.release(),
+        "arch": platform.machine(),
+    }
+
+
+def format_versions() -> str:
+    """Return the line that every report begins with."""
+    v = _versions()
+    return (
+        f"kvspan {v['kvspan']}, Python {v['python']}, torch {v['torch']}, "
+        f"Linux {v['kernel']} {v['arch']}"
     )
 
 
@@ -200,11 +216,10 @@ def format_report(report: Report) -> str:
     str
         Lines of text.
     """
-    v, host, limits, gpu = report.versions, report.host, report.limits, report.gpu
+    host, limits, gpu = report.host, report.limits, report.gpu
     smallest, default, largest = map(_size, host.page_sizes)
     lines = [
-        f"kvspan {v['kvspan']}, Python {v['python']}, torch {v['torch']}, "
-        f"Linux {v['kernel']} {v['arch']}",
+        format_versions(),
         "",
         f"host backend     {'works' if host.works else 'DOES NOT WORK: ' + host.error}",
         f"  page sizes     {smallest} to {largest}, {default} by default",

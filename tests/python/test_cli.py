@@ -88,6 +88,21 @@ def test_a_machine_without_a_driver_says_which_library_is_missing(
     assert gpu.why_not == "libcuda.so.1 was not found: no NVIDIA driver"
 
 
+def test_a_gpu_that_is_not_there_fails_its_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(_gpu.ctypes, "CDLL", missing)
+    assert cli.main(["doctor", "--gpu"]) == 1
+    text = capsys.readouterr().out
+    assert "FAIL  driver            libcuda.so.1 was not found: no NVIDIA driver" in text
+    assert text.endswith("0 passed, 1 failed\n")
+    assert cli.main(["doctor", "--gpu", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["checks"][0]["outcome"] == "FAIL"
+
+
 class FakeDriver:
     """A CUDA driver as ctypes shows it: `status` is cuInit's, then there are `n_devices`."""
 
