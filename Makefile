@@ -113,7 +113,7 @@ test: test-cpp test-python test-emulator
 
 test-cpp: $(VENV)/.extra-test
 	@echo "== C++ tests"
-	@$(call cpp_build,build/cpp,)
+	@$(call cpp_build,build/cpp,-DKVSPAN_BENCH=ON)
 	@$(CTEST) --test-dir build/cpp
 
 test-python: $(VENV)/.native $(VENV)/.extra-test

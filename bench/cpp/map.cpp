@@ -14,6 +14,7 @@
 #include "cache/sequence.hpp"
 #include "core/errors.hpp"
 #include "core/sizes.hpp"
+#include "null_backend.hpp"
 #include "samples.hpp"
 
 namespace {
@@ -70,31 +71,6 @@ class Raw {
   bool is_huge_ = false;
 };
 
-// Frames and mappings that are nowhere.
-class NullBackend final : public Backend {
- public:
-  const Traits& traits() const noexcept override { return traits_; }
-  MemoryInfo memory_info() const override { return {}; }
-  HugePages huge_pages() const override { return {}; }
-  bool usable() const noexcept override { return true; }
-  bool is_passed(Fence) const noexcept override { return true; }
-
- private:
-  VirtualRange do_reserve(Bytes size, Unmapped) override { return {Address(kPage.value), size}; }
-  void do_free(VirtualRange) noexcept override {}
-  void do_create(FrameRun) override {}
-  void do_release(FrameRun) noexcept override {}
-  void do_map(Address, FrameRun, Access) override {}
-  void do_set_access(VirtualRange, Access) override {}
-  void do_unmap(VirtualRange, std::uint32_t) override {}
-  void do_copy(Address, Address, Bytes, Stream) override {}
-  void do_fill(Address, std::uint8_t, Bytes, Stream) override {}
-  Fence do_record_fence(Stream) override { return {}; }
-  void do_wait(Fence) override {}
-
-  const Traits traits_{"null", kPage, SizeClass(0), true};
-};
-
 // Sequences of Llama-3-8B, 128 KiB a token, 16 tokens a page, in all slots; what is truncated is
 // unmapped.
 std::vector<std::shared_ptr<Sequence>> make_sequences(std::shared_ptr<FrameStore> store) {
@@ -121,7 +97,7 @@ int main(int argc, char** argv) {
   const auto sequences = make_sequences(store);
   const auto& sequence = sequences[kSlots / 2];
   auto nowhere =
-      std::make_shared<FrameStore>(std::make_unique<NullBackend>(), capacity, SizeClass(0));
+      std::make_shared<FrameStore>(std::make_unique<bench::NullBackend>(), capacity, SizeClass(0));
   nowhere->create_ahead(capacity);
   const auto nowhere_sequences = make_sequences(nowhere);
   const auto& tables_only = nowhere_sequences[kSlots / 2];
