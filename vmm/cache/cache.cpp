@@ -56,13 +56,16 @@ std::shared_ptr<Cache> Cache::make(std::shared_ptr<FrameStore> store, const Cach
 }
 
 Cache::Cache(std::shared_ptr<FrameStore> store, const CacheOptions& options)
-    : store_(std::move(store)), keep_(options.keep) {
+    : store_(std::move(store)),
+      keep_(options.keep),
+      lists_(static_cast<std::size_t>(std::max(options.max_seqs, 0))) {
   check_usable();
   Layout layout(options.layers, {options.max_seq_len, store_->page_size(), options.layers_per_page,
                                  options.split_planes});
   space_ = std::make_shared<Space>(store_, std::move(layout),
                                    space_options(options, store_->backend().traits()));
   slots_.resize(static_cast<std::size_t>(options.max_seqs));
+  for (std::int32_t i = 0; i < options.max_seqs; ++i) list(SlotId(i));
 }
 
 Cache::~Cache() {
@@ -136,7 +139,11 @@ std::shared_ptr<Batch> Cache::adjacent_batch(std::int32_t n, Stream stream) {
       sequences[i]->state()->unclaim();
     }
     const std::scoped_lock lock(mutex_);
-    for (std::int32_t i = 0; i < n; ++i) slot(SlotId(first.value + i)).is_leased = false;
+    for (std::int32_t i = 0; i < n; ++i) {
+      const SlotId id(first.value + i);
+      slot(id).is_leased = false;
+      list(id);
+    }
     throw;
   }
 }

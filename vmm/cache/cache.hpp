@@ -22,6 +22,7 @@
 
 #include "cache/layout.hpp"
 #include "cache/sequence_state.hpp"
+#include "cache/slot_lists.hpp"
 #include "cache/space.hpp"
 #include "span/background.hpp"
 #include "span/frame_store.hpp"
@@ -108,6 +109,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
     bool is_retired = false;              // the driver failed on it: never used again
     Fence fence;                          // behind the work that may still use pages to be unmapped
     Pages backed;                         // as of the last update_mapped
+    Pages kept;                           // of these, counted in kept_ (see list)
 
     bool is_free() const { return live == nullptr && !is_leased && !is_retired; }
   };
@@ -133,7 +135,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   bool fence_again(SequenceState& state) noexcept;
   void follow(SequenceState& state, Stream stream);
   void update_mapped(SlotId id);
-  Pages kept_pages() const;
+  void list(SlotId id) noexcept;
   Pages keep_limit() const;
   void limit_kept() noexcept;
   Pages drop_tail(SlotId id, Tokens keep) noexcept;
@@ -168,6 +170,8 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
 
   mutable std::mutex mutex_;
   std::vector<Slot> slots_;
+  SlotLists lists_;
+  Pages kept_;  // mapped and not planned for, all slots; see list
   bool is_closed_ = false;
   std::shared_ptr<Space> space_;  // none after close
 };

@@ -171,13 +171,12 @@ void Cache::truncate(SequenceState& state, Tokens n, Stream stream) {
     if (is_settled(state.slot)) drop_shared(state.slot, n);
     // A surplus of its own stays, for after a rejected speculation it is needed soon: over the
     // limit, free slots give up theirs first.
+    list(state.slot);
     limit_kept();
-    const Pages kept = kept_pages();
     const Pages limit = keep_limit();
-    if (kept > limit && is_settled(state.slot)) {
-      const Pages needed = needed_pages(state);
-      const Pages stays =
-          std::max(slot(state.slot).backed, needed + (kept - limit)) - (kept - limit);
+    if (kept_ > limit && is_settled(state.slot)) {
+      const Pages excess = kept_ - limit;
+      const Pages stays = std::max(slot(state.slot).backed, needed_pages(state) + excess) - excess;
       drop_tail(state.slot, std::max(n, tokens_in(stays)));
     }
     state.is_lost = space_->is_broken(state.slot);

@@ -17,21 +17,28 @@ namespace {
 // to 20 ms: enough, and half a page of Llama-3-8B's (16 tokens), which is the waste that it costs.
 constexpr Tokens kLookahead{8};
 
+// So many slots are looked at in one go: whoever begins or releases a sequence waits meanwhile.
+constexpr std::size_t kSlotsAtOnce = 1024;
+
 }  // namespace
 
 WorkDone Cache::work_ahead() noexcept {
   WorkDone done;
   std::vector<std::shared_ptr<SequenceState>> growing;
   try {
-    const std::scoped_lock lock(mutex_);
-    for (const Slot& s : slots_) {
-      if (!s.live) continue;
-      done.is_idle = false;
-      // Relaxed: a first look, which map_next repeats under the lock. An empty sequence is about to
-      // be given a prompt, and nobody knows of what length.
-      const std::int32_t length = s.live->length.load(std::memory_order_relaxed);
-      const std::int32_t capacity = s.live->capacity.load(std::memory_order_relaxed);
-      if (length > 0 && capacity - length < kLookahead.value) growing.push_back(s.live);
+    for (std::span<const Slot> rest(slots_); !rest.empty();) {
+      const auto some = rest.first(std::min(rest.size(), kSlotsAtOnce));
+      rest = rest.subspan(some.size());
+      const std::scoped_lock lock(mutex_);
+      for (const Slot& s : some) {
+        if (!s.live) continue;
+        done.is_idle = false;
+        // Relaxed: a first look, which map_next repeats under the lock. An empty sequence is about
+        // to be given a prompt, and nobody knows of what length.
+        const std::int32_t length = s.live->length.load(std::memory_order_relaxed);
+        const std::int32_t capacity = s.live->capacity.load(std::memory_order_relaxed);
+        if (length > 0 && capacity - length < kLookahead.value) growing.push_back(s.live);
+      }
     }
   } catch (const std::bad_alloc&) {
     return done;

@@ -15,6 +15,11 @@ namespace {
 constexpr std::int64_t kKeepOneIn = 50;
 constexpr std::uint32_t kKeepPagesPerLane = 2;
 
+// Of many slots that would do, so many are asked whether their work is done, and so many live ones
+// how much of their surplus they have grown into meanwhile: a call's time does not depend on the
+// number of slots.
+constexpr int kMostLooks = 16, kMostRefreshes = 256;
+
 }  // namespace
 
 void Cache::check_open() const {
@@ -23,7 +28,7 @@ void Cache::check_open() const {
 }
 
 SlotId Cache::best_free_slot(Tokens expected) const {
-  // Best fit: the least that holds what is expected, else the most there is; settled slots first,
+  // A good fit: the least that holds what is expected, else the most there is; settled slots first,
   // for the others have to be waited for.
   const Pages wanted = [&] {
     Pages pages{};
@@ -32,27 +37,29 @@ SlotId Cache::best_free_slot(Tokens expected) const {
     }
     return pages;
   }();
-  const auto rank = [&](std::size_t i) {
-    const Pages has = slots_[i].backed;
-    const bool is_enough = has >= wanted;
-    const std::int64_t fit = is_enough ? std::int64_t{has.value} : -std::int64_t{has.value};
-    return std::tuple(!is_settled(SlotId(static_cast<std::int32_t>(i))), !is_enough, fit);
+  std::optional<SlotId> best, first;
+  int n_looks = 0;
+  const auto look = [&](SlotId id) {
+    if (!first) first = id;
+    if (is_settled(id)) best = id;
+    return best || ++n_looks == kMostLooks;
   };
-  std::optional<std::size_t> best;
-  for (std::size_t i = 0; i < slots_.size(); ++i) {
-    if (slots_[i].is_free() && (!best || rank(i) < rank(*best))) best = i;
+  lists_.ascending(wanted, [&](SlotId id) { return slot(id).backed >= wanted && look(id); });
+  if (!best && n_looks < kMostLooks) {
+    lists_.descending(wanted, [&](SlotId id) { return slot(id).backed < wanted && look(id); });
   }
-  if (!best) throw_no_slot(1);
-  return SlotId(static_cast<std::int32_t>(*best));
+  if (!first) throw_no_slot(1);
+  return best.value_or(*first);
 }
 
 SlotId Cache::emptiest_free_slot() const {
-  std::optional<std::size_t> best;
-  for (std::size_t i = 0; i < slots_.size(); ++i) {
-    if (slots_[i].is_free() && (!best || slots_[i].backed < slots_[*best].backed)) best = i;
-  }
-  if (!best) throw_no_slot(1);
-  return SlotId(static_cast<std::int32_t>(*best));
+  std::optional<SlotId> emptiest;
+  lists_.ascending(Pages(0), [&](SlotId id) {
+    emptiest = id;
+    return true;
+  });
+  if (!emptiest) throw_no_slot(1);
+  return *emptiest;
 }
 
 SlotId Cache::adjacent_free_slots(std::int32_t n) const {
@@ -78,6 +85,7 @@ std::shared_ptr<SequenceState> Cache::occupy(SlotId id) {
   state->claim.store(Claim::used, std::memory_order_relaxed);  // until it is prepared
   state->table.lock();                                         // likewise
   slot(id).live = state;
+  list(id);
   return state;
 }
 
@@ -163,17 +171,25 @@ void Cache::update_mapped(SlotId id) {
   const auto change = std::int64_t{now.value} - std::int64_t{slot(id).backed.value};
   slot(id).backed = now;
   slot(id).is_retired = space_->is_broken(id);
+  list(id);
   mapped_pages_.fetch_add(change, std::memory_order_relaxed);
 }
 
-Pages Cache::kept_pages() const {
-  Pages kept{};
-  for (const Slot& s : slots_) {
-    if (s.is_retired) continue;
-    const Pages planned = s.live ? planned_pages(*s.live) : Pages(0);
-    if (s.backed > planned) kept += s.backed - planned;
+void Cache::list(SlotId id) noexcept {
+  // What a live sequence keeps is counted as it is now, and shrinks unnoticed while it grows into
+  // it: `kept_` is at most too large, until limit_kept looks again.
+  Slot& s = slot(id);
+  const Pages planned = s.live && !s.is_retired ? planned_pages(*s.live) : Pages(0);
+  kept_ -= s.kept;
+  s.kept = s.is_retired || s.backed < planned ? Pages(0) : s.backed - planned;
+  kept_ += s.kept;
+  if (s.is_free()) {
+    lists_.put_free(id, s.backed);
+  } else if (s.live && s.kept > Pages(0)) {
+    lists_.put_surplus(id);
+  } else {
+    lists_.remove(id);
   }
-  return kept;
 }
 
 Pages Cache::keep_limit() const {
@@ -187,23 +203,27 @@ Pages Cache::keep_limit() const {
 }
 
 void Cache::limit_kept() noexcept {
+  for (int i = 0; i < kMostRefreshes && kept_ > keep_limit(); ++i) {
+    const std::optional<SlotId> live = lists_.first_surplus();
+    if (!live) break;
+    lists_.remove(*live);
+    list(*live);  // at the end, if at all
+  }
   for (;;) {
-    const Pages kept = kept_pages();
     const Pages limit = keep_limit();
-    if (kept <= limit) return;
-    const Pages excess = kept - limit;
+    if (kept_ <= limit) return;
+    const Pages excess = kept_ - limit;
     // From the slot that keeps most, and from its end: every sequence needs the pages at the front.
-    std::optional<std::size_t> fullest;
-    for (std::size_t i = 0; i < slots_.size(); ++i) {
-      const bool is_candidate =
-          slots_[i].is_free() && is_settled(SlotId(static_cast<std::int32_t>(i)));
-      if (is_candidate && (!fullest || slots_[i].backed > slots_[*fullest].backed)) fullest = i;
-    }
+    std::optional<SlotId> fullest;
+    int n_looks = 0;
+    lists_.descending(Pages(UINT32_MAX), [&](SlotId id) {
+      if (is_settled(id)) fullest = id;
+      return fullest || ++n_looks == kMostLooks;
+    });
     if (!fullest) return;
-    const Pages has = slots_[*fullest].backed;
-    const Tokens keep = has > excess ? tokens_in(has - excess) : Tokens(0);
-    drop_tail(SlotId(static_cast<std::int32_t>(*fullest)), keep);
-    if (slots_[*fullest].backed == has) return;
+    const Pages has = slot(*fullest).backed;
+    drop_tail(*fullest, has > excess ? tokens_in(has - excess) : Tokens(0));
+    if (slot(*fullest).backed == has) return;
   }
 }
 
@@ -256,6 +276,7 @@ Pages Cache::pages_at(const SequenceState& state, Tokens length) const {
 void Cache::note_ahead(SequenceState& state) {
   state.mapped_ahead.store(state.capacity.load(std::memory_order_relaxed),
                            std::memory_order_relaxed);
+  list(state.slot);
 }
 
 }  // namespace kvspan
