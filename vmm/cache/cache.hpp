@@ -96,7 +96,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   Pages reclaim(Pages wanted, bool wait) noexcept override;
   Pages reclaimable() const noexcept override;
 
-  // Maps the next pages of sequences that will need them soon (mapper.cpp).
+  // Maps the next pages of a sequence that will need them soon (mapper.cpp).
   WorkDone work_ahead() noexcept override;
 
  private:
@@ -155,7 +155,8 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   bool try_grow(std::span<SequenceState* const> states, Tokens n, Stream stream, Effort effort);
   void plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream stream, Effort effort);
   Pages stride_end(std::size_t lane, const Span& span, Pages needed) const;
-  bool map_next(SequenceState& state) noexcept;  // mapper.cpp
+  bool find_growing();                           // mapper.cpp
+  bool map_next(SequenceState& state) noexcept;  // likewise
   // `from_after`: the slot in which the pages of `from` are once the edit is done.
   void plan_copy(Edit& edit, SlotId from, SlotId from_after, SlotId to, Tokens length);
   void drop_shared(SlotId id, Tokens keep) noexcept;
@@ -167,6 +168,8 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   std::atomic<std::int64_t> mapped_pages_{0};
   std::atomic<std::int64_t> shared_pages_{0};
   std::atomic<std::uint64_t> n_grown_late_{0};  // relaxed: a figure
+  // Those that were found to need pages soon, the most urgent last. The background's alone.
+  std::vector<std::shared_ptr<SequenceState>> growing_;
 
   mutable std::mutex mutex_;
   std::vector<Slot> slots_;

@@ -6,6 +6,7 @@
 // on the device can be in the way; nothing is taken from others for it; what does not work out is
 // left to the call that needs it, which also reports it.
 #include <algorithm>
+#include <functional>
 
 #include "cache/cache.hpp"
 
@@ -13,43 +14,58 @@ namespace kvspan {
 
 namespace {
 
-// Decoding makes a token in some 5 to 30 ms, a turn with a page for each of 256 sequences takes 10
-// to 20 ms: enough, and half a page of Llama-3-8B's (16 tokens), which is the waste that it costs.
+// Decoding makes a token in some 5 to 30 ms, a page for each of 256 sequences takes some 40 ms, the
+// pauses included: enough, and half a page of Llama-3-8B's (16 tokens), which is the waste that it
+// costs.
 constexpr Tokens kLookahead{8};
 
 // So many slots are looked at in one go: whoever begins or releases a sequence waits meanwhile.
 constexpr std::size_t kSlotsAtOnce = 1024;
 
+// Relaxed: a first look, which map_next repeats under the lock.
+std::int32_t room_of(const SequenceState& state) {
+  return state.capacity.load(std::memory_order_relaxed) -
+         state.length.load(std::memory_order_relaxed);
+}
+
 }  // namespace
 
 WorkDone Cache::work_ahead() noexcept {
   WorkDone done;
-  std::vector<std::shared_ptr<SequenceState>> growing;
   try {
-    for (std::span<const Slot> rest(slots_); !rest.empty();) {
-      const auto some = rest.first(std::min(rest.size(), kSlotsAtOnce));
-      rest = rest.subspan(some.size());
-      const std::scoped_lock lock(mutex_);
-      for (const Slot& s : some) {
-        if (!s.live) continue;
-        done.is_idle = false;
-        // Relaxed: a first look, which map_next repeats under the lock. An empty sequence is about
-        // to be given a prompt, and nobody knows of what length.
-        const std::int32_t length = s.live->length.load(std::memory_order_relaxed);
-        const std::int32_t capacity = s.live->capacity.load(std::memory_order_relaxed);
-        if (length > 0 && capacity - length < kLookahead.value) growing.push_back(s.live);
-      }
-    }
+    done.is_idle = growing_.empty() && !find_growing();
   } catch (const std::bad_alloc&) {
     return done;
   }
-  // The shortest of room first.
-  std::ranges::stable_sort(growing, {}, [](const auto& state) {
-    return state->capacity.load(std::memory_order_relaxed) -
-           state->length.load(std::memory_order_relaxed);
-  });
-  for (const auto& state : growing) done.n_frames += map_next(*state) ? 1 : 0;
+  while (!growing_.empty()) {
+    const std::shared_ptr<SequenceState> state = std::move(growing_.back());
+    growing_.pop_back();
+    done.n_frames += map_next(*state) ? 1 : 0;
+    // The others can wait for a moment, unless their next token has no room.
+    if (done.n_frames > 0 && !growing_.empty() && room_of(*growing_.back()) > 0) break;
+  }
+  done.has_more = !growing_.empty();
   return done;
+}
+
+// Returns whether there are sequences at all.
+bool Cache::find_growing() {
+  bool is_any = false;
+  for (std::span<const Slot> rest(slots_); !rest.empty();) {
+    const auto some = rest.first(std::min(rest.size(), kSlotsAtOnce));
+    rest = rest.subspan(some.size());
+    const std::scoped_lock lock(mutex_);
+    for (const Slot& s : some) {
+      if (!s.live) continue;
+      is_any = true;
+      // An empty sequence is about to be given a prompt, and nobody knows of what length.
+      if (s.live->tokens() > Tokens(0) && room_of(*s.live) < kLookahead.value) {
+        growing_.push_back(s.live);
+      }
+    }
+  }
+  std::ranges::stable_sort(growing_, std::greater{}, [](const auto& s) { return room_of(*s); });
+  return is_any;
 }
 
 bool Cache::map_next(SequenceState& state) noexcept {

@@ -10,8 +10,11 @@ namespace kvspan {
 
 namespace {
 
-// Between two turns. A decode step takes milliseconds and what is mapped ahead lasts several, so
-// this is often enough; a turn that finds nothing to do costs a few microseconds.
+// Between two pieces: long enough for launches that wait for a driver's lock to get it, short
+// enough for a page for each of 256 sequences within two decode steps of 20 ms.
+constexpr std::chrono::microseconds kBetweenPieces{100};
+// When there was something to do, and when there was nothing. A decode step takes milliseconds and
+// what is mapped ahead lasts several, so this is often enough; looking costs a few microseconds.
 constexpr std::chrono::microseconds kShortPause{500}, kLongPause{2000};
 
 }  // namespace
@@ -66,20 +69,36 @@ void Background::remove(Worker* worker) noexcept {
   std::erase(workers_, worker);
 }
 
-WorkDone Background::turn() noexcept {
+WorkDone Background::piece() noexcept {
   const std::scoped_lock lock(turn_);
   WorkDone done;
   for (Worker* worker : workers_) done += worker->work_ahead();
-  done += store_.keep_ready();
+  // Frames to have in hand are less urgent than pages.
+  if (done.n_frames > 0) {
+    done.has_more = true;
+  } else {
+    done += store_.keep_ready();
+  }
+  return done;
+}
+
+WorkDone Background::turn() noexcept {
+  WorkDone done;
+  do {
+    done.has_more = false;
+    done += piece();
+  } while (done.has_more);
   return done;
 }
 
 void Background::run() noexcept {
   for (;;) {
-    const WorkDone done = turn();
+    const WorkDone done = piece();
     std::unique_lock lock(sleep_);
     const auto is_over = [&] { return is_woken_ || is_stopping_; };
-    if (done.is_idle) {
+    if (done.has_more) {
+      woken_.wait_for(lock, kBetweenPieces, [&] { return is_stopping_; });
+    } else if (done.is_idle) {
       woken_.wait(lock, is_over);
     } else {
       woken_.wait_for(lock, done.n_frames > 0 ? kShortPause : kLongPause,

@@ -2,6 +2,10 @@
 // keeps frames ready and lets its workers (the caches) map pages ahead; what is worth doing is
 // their decision, when is decided here.
 //
+// It goes frame by frame, with pauses: a driver's calls for a context exclude each other (launches
+// of kernels among them, as far as anybody knows), and a kernel's launch must not wait for a row of
+// them.
+//
 // It polls while sequences live, since a decode step must not pay for waking it, and sleeps until
 // it is woken when none do. Threads: everything may be called from any thread. A turn holds
 // `turn_`, so whoever removes a worker waits for the turn's end and must hold no lock that a worker
@@ -22,17 +26,20 @@ class FrameStore;
 struct WorkDone {
   std::size_t n_frames = 0;  // created or mapped
   bool is_idle = true;       // nobody is left who may need more soon
+  bool has_more = false;     // that could be done at once
 
   WorkDone& operator+=(WorkDone other) {
     n_frames += other.n_frames;
     is_idle = is_idle && other.is_idle;
+    has_more = has_more || other.has_more;
     return *this;
   }
 };
 
 class Worker {
  public:
-  // Does what can be done ahead, without taking anything away from anybody.
+  // Does the next piece of what can be done ahead, without taking anything away from anybody: a
+  // frame, or those that cannot wait. One thread at a time.
   virtual WorkDone work_ahead() noexcept = 0;
 
  protected:
@@ -52,7 +59,9 @@ class Background {
   // Ends it after the call that it is in. Nothing is done ahead from then on, until `start`.
   void stop() noexcept;
 
-  // One round of work by the calling thread, as the background thread does it.
+  // The next piece of work, by the calling thread: what the background thread does between pauses.
+  WorkDone piece() noexcept;
+  // All there is to do now.
   WorkDone turn() noexcept;
 
   // Ends a sleep. Cheap, and harmless when there is no thread.

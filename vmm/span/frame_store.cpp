@@ -259,17 +259,14 @@ std::size_t FrameStore::frames_to_keep_ready(SizeClass c, Bytes& left) const noe
 }
 
 WorkDone FrameStore::keep_ready() noexcept {
-  WorkDone done;
   Bytes left = ready_;
   for (std::uint8_t c = 0; c <= largest_class().value; ++c) {
     const std::size_t wanted = frames_to_keep_ready(SizeClass(c), left);
-    for (std::size_t tries = 0; tries < wanted; ++tries) {
-      const std::uint64_t present = present_[c].load(std::memory_order_relaxed);
-      if (present >= pool_.counts(SizeClass(c)).in_use + wanted || !create_one(SizeClass(c))) break;
-      ++done.n_frames;
-    }
+    const std::uint64_t present = present_[c].load(std::memory_order_relaxed);
+    if (present >= pool_.counts(SizeClass(c)).in_use + wanted) continue;
+    if (create_one(SizeClass(c))) return {.n_frames = 1, .is_idle = true, .has_more = true};
   }
-  return done;
+  return {};
 }
 
 bool FrameStore::create_one(SizeClass c) noexcept {

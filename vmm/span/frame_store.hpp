@@ -98,7 +98,7 @@ class FrameStore {
 
   // Creates frames ahead, one page each, until `size` bytes of free ones exist. Throws OutOfMemory.
   void create_ahead(Bytes size);
-  // Creates what is missing of the frames that should be ready, within the budget. For the
+  // Creates one of the frames that should be ready and are missing, within the budget. For the
   // background: a shortage is no error here.
   WorkDone keep_ready() noexcept;
   // Gives the memory of free frames back to the machine. Returns how much that was.

@@ -48,6 +48,26 @@ BOOST_AUTO_TEST_CASE(a_step_finds_its_page_mapped) {
   }
 }
 
+BOOST_AUTO_TEST_CASE(a_piece_maps_for_one_sequence_or_for_all_that_have_no_room) {
+  Rig rig({.layers_per_page = 2});
+  const auto soon = rig.grown(1, 47), sooner = rig.grown(2, 48);
+  const auto now = rig.grown(3, 51), now_as_well = rig.grown(4, 102);
+  const auto has_room = [](const auto& sequence) {
+    return sequence->state()->capacity - sequence->state()->length >= 8;
+  };
+  Background& background = rig.store->background();
+  WorkDone done = background.piece();
+  BOOST_TEST((done.n_frames == 2u && done.has_more));
+  BOOST_TEST((has_room(now) && has_room(now_as_well) && !has_room(sooner)));
+  done = background.piece();
+  BOOST_TEST((done.n_frames == 1u && done.has_more));
+  BOOST_TEST((has_room(sooner) && !has_room(soon)));
+  BOOST_TEST(background.piece().n_frames == 1u);
+  BOOST_TEST(has_room(soon));
+  done = background.piece();
+  BOOST_TEST((done.n_frames == 0u && !done.has_more && !done.is_idle));
+}
+
 BOOST_AUTO_TEST_CASE(what_is_mapped_ahead_is_counted_so_and_given_up_under_pressure) {
   Rig rig({.n_pages = 4, .layers_per_page = 2});
   const auto a = rig.grown(1, 48);

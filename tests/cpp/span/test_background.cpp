@@ -71,6 +71,15 @@ BOOST_AUTO_TEST_CASE(frames_are_ready_and_made_good) {
   f.store->give_back(taken);
 }
 
+BOOST_AUTO_TEST_CASE(frames_are_made_one_at_a_time) {
+  Fixture f(256, 0, kPage * 2);
+  for (const std::uint32_t created : {1u, 2u, 2u}) {
+    const WorkDone done = f.store->background().piece();
+    BOOST_TEST(done.has_more == (done.n_frames == 1u));
+    BOOST_TEST(f.free().value == (kPage * created).value);
+  }
+}
+
 BOOST_AUTO_TEST_CASE(every_size_class_has_some) {
   Fixture f(256, 2, kPage * 256);
   f.store->background().turn();
