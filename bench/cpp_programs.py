@@ -14,6 +14,8 @@ from pathlib import Path
 from harness import BenchError, Result, Series
 from machine import ROOT
 
+BUILD = ROOT / "build" / "bench"
+
 
 def cpp_benchmark(target: str, arguments: Sequence[str] = ()) -> Result:
     """Build a program of bench/cpp and run it.
@@ -22,22 +24,28 @@ def cpp_benchmark(target: str, arguments: Sequence[str] = ()) -> Result:
     "samples": [...]}`), the members of any other are parameters. Anything else on its standard
     output is an error; what it says on standard error is shown.
     """
-    cmake = _tool("cmake")
-    build = ROOT / "build" / "bench"
-    configure = [cmake, "-S", str(ROOT), "-B", str(build), "--log-level=WARNING"]
-    configure += ["-DKVSPAN_PYTHON=OFF", "-DKVSPAN_BENCH=ON"]
-    configure += [f"-DCMAKE_RUNTIME_OUTPUT_DIRECTORY={build / 'bin'}"]
-    if not (build / "CMakeCache.txt").exists() and shutil.which("ninja", path=_tool_path()):
-        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
-    for command in (configure, [cmake, "--build", str(build), "--target", target]):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode != 0:
-            raise BenchError(f"{shlex.join(command)} failed:\n{done.stdout.rstrip()}")
-    program = [str(build / "bin" / target), *arguments]
+    build(target)
+    program = [str(BUILD / "bin" / target), *arguments]
     ran = subprocess.run(program, stdout=subprocess.PIPE, text=True)
     if ran.returncode != 0:
         raise BenchError(f"{shlex.join(program)} ended with exit status {ran.returncode}")
     return parse_lines(ran.stdout.splitlines(), source=target)
+
+
+def build(target: str) -> None:
+    """Build a target of the CMake project, in a folder that all benchmarks share."""
+    cmake = _tool("cmake")
+    configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), "--log-level=WARNING"]
+    configure += ["-DKVSPAN_PYTHON=OFF", "-DKVSPAN_BENCH=ON"]
+    # Which Python is asked for the CUDA header that came with it.
+    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-DCMAKE_RUNTIME_OUTPUT_DIRECTORY={BUILD / 'bin'}"]
+    if not (BUILD / "CMakeCache.txt").exists() and shutil.which("ninja", path=_tool_path()):
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
+    for command in (configure, [cmake, "--build", str(BUILD), "--target", target]):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            raise BenchError(f"{shlex.join(command)} failed:\n{done.stdout.rstrip()}")
 
 
 def parse_lines(lines: Iterable[str], source: str) -> Result:

@@ -17,8 +17,9 @@ double timed(F f) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-inline void print_samples(const std::string& name, const std::vector<double>& samples) {
-  std::printf("{\"name\": \"%s\", \"unit\": \"s\", \"samples\": [", name.c_str());
+inline void print_samples(const std::string& name, const std::vector<double>& samples,
+                          const char* unit = "s") {
+  std::printf("{\"name\": \"%s\", \"unit\": \"%s\", \"samples\": [", name.c_str(), unit);
   for (std::size_t i = 0; i < samples.size(); ++i) {
     std::printf("%s%.9g", i == 0 ? "" : ", ", samples[i]);
   }

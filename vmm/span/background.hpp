@@ -2,9 +2,8 @@
 // keeps frames ready and lets its workers (the caches) map pages ahead; what is worth doing is
 // their decision, when is decided here.
 //
-// It goes frame by frame, with pauses: a driver's calls for a context exclude each other (launches
-// of kernels among them, as far as anybody knows), and a kernel's launch must not wait for a row of
-// them.
+// It goes frame by frame, with pauses: should a driver's calls for a context exclude each other,
+// launches of kernels among them, then no launch has to wait for a row of them.
 //
 // It polls while sequences live, since a decode step must not pay for waking it, and sleeps until
 // it is woken when none do. Threads: everything may be called from any thread. A turn holds
