@@ -51,13 +51,14 @@ WorkDone Cache::work_ahead() noexcept {
 // Returns whether there are sequences at all.
 bool Cache::find_growing() {
   bool is_any = false;
-  for (std::span<const Slot> rest(slots_); !rest.empty();) {
-    const auto some = rest.first(std::min(rest.size(), kSlotsAtOnce));
-    rest = rest.subspan(some.size());
+  for (std::size_t i = 0; i < slots_.size();) {
+    const std::size_t end = std::min(slots_.size(), i + kSlotsAtOnce);
     const std::scoped_lock lock(mutex_);
-    for (const Slot& s : some) {
+    for (; i < end; ++i) {
+      const Slot& s = slots_[i];
       if (!s.live) continue;
       is_any = true;
+      if (s.kept > Pages(0)) list(SlotId(static_cast<std::int32_t>(i)));  // it may need them by now
       // An empty sequence is about to be given a prompt, and nobody knows of what length.
       if (s.live->tokens() > Tokens(0) && room_of(*s.live) < kLookahead.value) {
         growing_.push_back(s.live);

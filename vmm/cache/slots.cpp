@@ -18,7 +18,7 @@ constexpr std::uint32_t kKeepPagesPerLane = 2;
 // Of many slots that would do, so many are asked whether their work is done, and so many live ones
 // how much of their surplus they have grown into meanwhile: a call's time does not depend on the
 // number of slots.
-constexpr int kMostLooks = 16, kMostRefreshes = 16;
+constexpr int kMostLooks = 16, kMostRefreshes = 8;
 
 }  // namespace
 
