@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -66,6 +66,13 @@ def peek(at: int, n: int) -> bytes:
     return out.raw
 
 
+def wait_until(comes_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not comes_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_a_request_from_prompt_to_release() -> None:
     with (
         kvspan.Pool("cuda:0", capacity="256MiB", background=False) as pool,
@@ -111,16 +118,13 @@ def test_the_background_maps_ahead() -> None:
         sequence = cache.sequence()
         sequence.extend(1)
         for page in (1, 2, 3):
-            mappings = pool.stats().n_mappings
             sequence.extend(2048 * page - 128 - 4 - len(sequence))  # four tokens of room
             late = cache.stats().n_grown_late
-            deadline = time.monotonic() + 20
-            while pool.stats().n_mappings == mappings and time.monotonic() < deadline:
-                time.sleep(0.001)
+            wait_until(lambda n=page + 1: cache.stats().mapped_bytes == n * pool.page_size)
             for _ in range(8):
                 sequence.extend(1)
             assert cache.stats().n_grown_late == late
-        assert pool.stats().free_bytes > 0  # frames that are ready
+        wait_until(lambda: pool.stats().free_bytes > 0)  # frames that are ready
         sequence.release()
 
 
