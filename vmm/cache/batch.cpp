@@ -122,6 +122,7 @@ void Batch::step(Tokens n, Stream stream) {
   for (std::size_t i = 0; i < states_.size(); ++i) {
     states_[i]->length.store(lengths[i], std::memory_order_relaxed);
   }
+  if (!has_room) cache_->note_grown(states_);
 }
 
 void Batch::refresh(Stream stream) {

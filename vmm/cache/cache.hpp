@@ -152,6 +152,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   std::shared_ptr<Sequence> fork(SequenceState& parent, Stream stream);
   void release(SequenceState& state, Stream stream);
   void grow(std::span<SequenceState* const> states, Tokens n, Stream stream);
+  void note_grown(std::span<SequenceState* const> states);  // once the lengths are what they are
   bool try_grow(std::span<SequenceState* const> states, Tokens n, Stream stream, Effort effort);
   void plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream stream, Effort effort);
   Pages stride_end(std::size_t lane, const Span& span, Pages needed) const;

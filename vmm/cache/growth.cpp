@@ -9,6 +9,13 @@
 
 namespace kvspan {
 
+namespace {
+
+// More at once is a prompt: too many pages that are kept no longer to leave them to be noticed.
+constexpr Tokens kFewTokens{16};
+
+}  // namespace
+
 void Cache::extend(SequenceState& state, Tokens n, Stream stream) {
   if (n < Tokens(1)) {
     throw InvalidArgument("extend takes 1 token or more, not " + std::to_string(n.value));
@@ -22,11 +29,18 @@ void Cache::extend(SequenceState& state, Tokens n, Stream stream) {
   }
   follow(state, stream);
   const Tokens grown = length + n;
-  if (grown.value > state.capacity.load(std::memory_order_acquire)) {
-    SequenceState* const states[] = {&state};
-    grow(states, n, stream);
-  }
+  SequenceState* const states[] = {&state};
+  const bool has_room = grown.value <= state.capacity.load(std::memory_order_acquire);
+  if (!has_room) grow(states, n, stream);
   state.length.store(static_cast<std::int32_t>(grown.value), std::memory_order_relaxed);
+  if (!has_room || n > kFewTokens) note_grown(states);
+}
+
+void Cache::note_grown(std::span<SequenceState* const> states) {
+  const std::scoped_lock lock(mutex_);
+  for (const SequenceState* state : states) {
+    if (slot(state->slot).kept > Pages(0)) list(state->slot);
+  }
 }
 
 void Cache::grow(std::span<SequenceState* const> states, Tokens n, Stream stream) {

@@ -176,8 +176,8 @@ void Cache::update_mapped(SlotId id) {
 }
 
 void Cache::list(SlotId id) noexcept {
-  // What a live sequence keeps is counted as it is now, and shrinks unnoticed while it grows into
-  // it: `kept_` is at most too large, until limit_kept looks again.
+  // What a live sequence keeps is counted as it is now, and shrinks unnoticed while it decodes into
+  // it: `kept_` is at most a little too large, until limit_kept or the mapper looks again.
   Slot& s = slot(id);
   const Pages planned = s.live && !s.is_retired ? planned_pages(*s.live) : Pages(0);
   kept_ -= s.kept;

@@ -231,6 +231,24 @@ BOOST_AUTO_TEST_CASE(sizes_that_wrap_are_refused) {
   BOOST_CHECK_THROW(Cache::make(rig.store, huge), InvalidArgument);
 }
 
+BOOST_AUTO_TEST_CASE(pages_that_prompts_have_filled_are_kept_no_longer) {
+  Rig rig({.n_pages = 128, .layers_per_page = 2, .max_seqs = 40, .keep = kTestPage * 32});
+  const auto begin = [&] {
+    std::vector<std::shared_ptr<Sequence>> sequences;
+    for (std::int32_t i = 0; i < 32; ++i) {
+      sequences.push_back(rig.cache->sequence(Tokens(20)));
+      sequences.back()->extend(Tokens(20), {});
+    }
+    return sequences;
+  };
+  for (const auto& sequence : begin()) sequence->release({});
+  BOOST_TEST((rig.cache->figures().kept == kTestPage * 32));
+  const auto live = begin();
+  BOOST_TEST((rig.cache->figures().kept == Bytes(0)));
+  rig.grown(99, 480)->release({});  // 19 pages: there is room for them among the 32
+  BOOST_TEST((rig.cache->figures().kept == kTestPage * 19));
+}
+
 BOOST_AUTO_TEST_SUITE_END()
 
 }  // namespace kvspan::test
