@@ -33,9 +33,9 @@ def load() -> None:
     if hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
         return
     # As vllm/platforms/cpu.py chooses.
-    if not torch.cpu._is_avx512_supported():  # type: ignore[no-untyped-call]
+    if not torch.cpu._is_avx512_supported():
         name = "_C_AVX2"
-    elif not torch.cpu._is_avx512_bf16_supported():  # type: ignore[no-untyped-call]
+    elif not torch.cpu._is_avx512_bf16_supported():
         name = "_C_AVX512"
     else:
         name = "_C"
@@ -57,7 +57,7 @@ class PagedCache:
         memory = torch.zeros(n_blocks, n_kv_heads, block_size * 2, dim, dtype=k.dtype)
         self.k, self.v = memory.chunk(2, dim=2)
         self.block_table = torch.randperm(n_blocks, dtype=torch.int32).reshape(batch, -1)
-        is_amx = torch.cpu._is_amx_tile_supported()  # type: ignore[no-untyped-call]
+        is_amx = torch.cpu._is_amx_tile_supported()
         if dim % 32 != 0 or block_size % 32 != 0:
             self.isa = "vec16"
         else:

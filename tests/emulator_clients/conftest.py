@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-
 # cuda-bindings and tinygrad do not support older Pythons.
 collect_ignore_glob = ["test_*.py"] if sys.version_info < (3, 11) else []
 
