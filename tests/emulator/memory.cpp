@@ -129,6 +129,8 @@ std::uint64_t Memory::create(std::size_t size, const CUmemAllocationProp& proper
     }
     made.physical = std::make_shared<Physical>(size, fd);
     made.physical->n_handles = 1;
+    std::byte* const bytes = options_.garbage ? made.physical->alias() : nullptr;
+    if (bytes != nullptr) std::fill_n(bytes, size, std::byte{0xa5});
   }
   if (device >= 0) used_bytes[static_cast<std::size_t>(device)] += size;
   const std::uint64_t id = next_handle_;

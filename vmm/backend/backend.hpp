@@ -73,6 +73,7 @@ struct Traits {
   SizeClass
       preferred_class;  // the largest frames worth making: where a call costs per handle, large
   bool zero_on_unmapped = false;  // whether `Unmapped::zero` can be had
+  bool creates_zeros = true;      // whether new frames read as zeros; else as anything
   // Whether the driver takes one call for each frame, and one more to grant access to a range.
   bool calls_per_frame = false;
 };
@@ -135,7 +136,8 @@ class Backend {
   // Gives a reservation back. Nothing may be mapped in it.
   void free(VirtualRange range) noexcept;
 
-  // Gives frames their physical memory, all of it now, zeroed: a later touch cannot fail.
+  // Gives frames their physical memory, all of it now: a later touch cannot fail. It holds zeros if
+  // Traits::creates_zeros says so, else anything.
   // All frames of the run or none.
   void create(FrameRun run);
 

@@ -66,7 +66,7 @@ struct State {
         fences(*context),
         own_stream(*context),
         space(*context, o.page_size, devices_of(o), o.max_mappings),
-        frames(*context, space, fences, o) {}
+        frames(*context, o) {}
 
   const std::shared_ptr<const Context> context;
   Fences fences;
@@ -128,6 +128,7 @@ CudaBackend::CudaBackend(std::uint64_t generation, std::shared_ptr<const Context
               .page_size = o.page_size,
               .preferred_class = preferred_class(o),
               .zero_on_unmapped = false,
+              .creates_zeros = false,
               .calls_per_frame = true},
       state_(std::make_shared<State>(std::move(context), o)) {}
 

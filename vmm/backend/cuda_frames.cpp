@@ -19,49 +19,6 @@ std::string name_of(FrameId frame) {
          std::to_string(frame.size_class().value);
 }
 
-// Frames where they can be written to, for as long as this lives.
-class Window {
- public:
-  Window(const Context& context, Space& space, Bytes page_size, std::span<const Handle> handles,
-         Bytes size)
-      : context_(context),
-        space_(space),
-        n_handles_(static_cast<std::uint32_t>(handles.size())),
-        range_(space.reserve(size * handles.size(), page_size)) {
-    try {
-      space.map(range_.base, size, handles, Access::read_write);
-    } catch (...) {
-      space.free(range_);
-      throw;
-    }
-  }
-  Window(const Window&) = delete;
-  Window& operator=(const Window&) = delete;
-  ~Window() {
-    if (!is_lost_) {
-      try {
-        space_.unmap(range_, n_handles_);
-        space_.free(range_);
-        return;
-      } catch (const Error&) {
-        context_.report_unless(CUDA_ERROR_UNKNOWN);
-      }
-    }
-    space_.lose(range_);
-  }
-
-  VirtualRange range() const { return range_; }
-  // The device may be writing to it for ever: it leaks.
-  void lose() { is_lost_ = true; }
-
- private:
-  const Context& context_;
-  Space& space_;
-  const std::uint32_t n_handles_;
-  const VirtualRange range_;
-  bool is_lost_ = false;
-};
-
 CUmemAllocationProp properties_of(const CudaOptions& o) {
   CUmemAllocationProp properties{};
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
@@ -80,24 +37,19 @@ MemoryInfo memory_of(const Context& context, Bytes reserve) {
   return {Bytes(total), Bytes(free - std::min<std::uint64_t>(free, reserve.value))};
 }
 
-Frames::Frames(const Context& context, Space& space, Fences& fences, const CudaOptions& o)
+Frames::Frames(const Context& context, const CudaOptions& o)
     : context_(context),
       api_(context.api()),
-      space_(space),
-      fences_(fences),
       options_(o),
       n_pages_(o.capacity.value / o.page_size.value) {
   for (unsigned c = 0; c <= o.largest_class.value; ++c) {
     table_.push_back(std::make_unique<Handle[]>(n_pages_ >> c));
   }
-  check(api_, api_.cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), "cuStreamCreate",
-        "cannot make a stream to zero frames on");
 }
 
 Frames::~Frames() {
   const Current current(context_, std::nothrow);
   release_all();
-  context_.report_unless(api_.cuStreamDestroy(stream_));
 }
 
 std::span<Handle> Frames::entries(FrameRun run) const {
@@ -122,7 +74,6 @@ void Frames::create(FrameRun run) {
   const Bytes size = frame_size(run);
   try {
     make_handles(handles, size);
-    zero(handles, size);
   } catch (...) {
     for (Handle& handle : handles) release_handle(handle);
     throw;
@@ -152,23 +103,6 @@ void Frames::make_handles(std::span<Handle> handles, Bytes size) {
           "cannot create one of " + std::to_string(handles.size()) + " frames of " +
               to_string(size) + ", with " + to_string(free) + " free");
     handle = made;
-  }
-}
-
-void Frames::zero(std::span<const Handle> handles, Bytes size) {
-  Window window(context_, space_, options_.page_size, handles, size);
-  const VirtualRange range = window.range();
-  check(api_,
-        api_.cuMemsetD8Async(static_cast<CUdeviceptr>(range.base.value), 0, range.size.value,
-                             stream_),
-        "cuMemsetD8Async", "cannot zero new frames of " + to_string(range.size));
-  try {
-    fences_.wait(fences_.record(stream_));
-  } catch (...) {
-    const CUresult result = api_.cuStreamSynchronize(stream_);
-    context_.report_unless(result);
-    if (result != CUDA_SUCCESS) window.lose();
-    throw;
   }
 }
 

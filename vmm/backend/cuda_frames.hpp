@@ -1,8 +1,7 @@
 // The physical memory of a GPU's frames: one handle of the driver's each, in a table by size class.
 //
-// New frames are zeroed here, because nothing that the driver documents says what they hold. That
-// is done through a window that is reserved, mapped and taken down again; frames are created ahead
-// of use, so that nobody waits for it.
+// Nothing that the driver documents says what new memory holds, so whoever maps a frame first
+// clears it, at the place where it is used: clearing it here would take a mapping of its own.
 //
 // Threads: everything may be called from any thread, with the context current; a frame's entry
 // belongs to whoever creates, uses or releases that frame.
@@ -18,7 +17,6 @@
 
 #include "backend/backend.hpp"
 #include "backend/cuda_backend.hpp"
-#include "backend/cuda_fences.hpp"
 #include "backend/cuda_space.hpp"
 #include "core/sizes.hpp"
 
@@ -30,7 +28,7 @@ MemoryInfo memory_of(const Context& context, Bytes reserve);
 class Frames {
  public:
   // `options` have been checked.
-  Frames(const Context& context, Space& space, Fences& fences, const CudaOptions& options);
+  Frames(const Context& context, const CudaOptions& options);
   Frames(const Frames&) = delete;
   Frames& operator=(const Frames&) = delete;
   ~Frames();
@@ -54,17 +52,12 @@ class Frames {
   std::span<Handle> entries(FrameRun run) const;
   void require_absent(std::span<const Handle> entries) const;
   void make_handles(std::span<Handle> handles, Bytes size);
-  void zero(std::span<const Handle> handles, Bytes size);
   void release_handle(Handle& handle) noexcept;
 
   const Context& context_;
   const Driver& api_;
-  Space& space_;
-  Fences& fences_;
   const CudaOptions options_;
   const std::uint64_t n_pages_;
-  // Of zeroing alone: frames that are needed must not wait for work that a caller has ordered.
-  CUstream stream_ = nullptr;
   std::vector<std::unique_ptr<Handle[]>> table_;  // by class; 0: absent
   std::atomic<std::uint64_t> created_{0};         // bytes; relaxed, only summed
 

@@ -68,11 +68,6 @@ void Space::free(VirtualRange range) noexcept {
   context_.report_unless(api_.cuMemAddressFree(pointer(range.base), range.size.value));
 }
 
-void Space::lose(VirtualRange range) noexcept {
-  const std::scoped_lock lock(mutex_);
-  reservations_.erase(range.base.value);
-}
-
 void Space::require_reserved(VirtualRange range) const {
   const std::scoped_lock lock(mutex_);
   auto next = reservations_.upper_bound(range.base.value);

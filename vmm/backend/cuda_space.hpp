@@ -1,7 +1,7 @@
 // Address space of a GPU and what is mapped into it: reservations, mappings of whole handles, and
 // the access that our device and its peers have to them.
 //
-// Mappings are counted here, those of passing windows too, because a context takes only so many.
+// Mappings are counted here, because a context takes only so many.
 //
 // Threads: everything may be called from any thread, with the context current.
 #pragma once
@@ -32,8 +32,6 @@ class Space {
   // Throws CapacityError, DriverError.
   VirtualRange reserve(Bytes size, Bytes alignment);
   void free(VirtualRange range) noexcept;
-  // Leaks a reservation in which something is mapped that cannot be unmapped.
-  void lose(VirtualRange range) noexcept;
   // Throws InvalidArgument unless the range lies in a reservation, at a page.
   void require_reserved(VirtualRange range) const;
 

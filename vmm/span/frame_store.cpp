@@ -190,8 +190,9 @@ bool FrameStore::create_absent(std::span<const FrameId> frames) {
       created_.fetch_sub(run.pages().value, std::memory_order_relaxed);
       throw;
     }
+    const auto state = backend_->traits().creates_zeros ? kClean : kDirty;
     for (std::uint32_t k = 0; k < run.count; ++k) {
-      state_of(run.first.next(k)).store(kClean, std::memory_order_relaxed);
+      state_of(run.first.next(k)).store(state, std::memory_order_relaxed);
     }
     present_[run.first.size_class().value].fetch_add(run.count, std::memory_order_relaxed);
     i += run.count;

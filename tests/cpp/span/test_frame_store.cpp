@@ -166,6 +166,20 @@ BOOST_AUTO_TEST_CASE(a_frame_that_changes_owner_is_dirty) {
   BOOST_TEST(!is_dirty(other));
 }
 
+BOOST_AUTO_TEST_CASE(new_frames_are_dirty_where_a_device_promises_nothing) {
+  Rig rig(2);
+  rig.backend->have_no_zeros();
+  const FrameStore::Gap mine{Pages(1), rig.owner};
+  std::vector<FrameStore::Taken> taken;
+  for (int round = 0; round < 2; ++round) {
+    taken.clear();
+    rig.store->take({&mine, 1}, taken);
+    BOOST_TEST(taken.front().is_dirty);
+    rig.store->give_back(taken);
+    BOOST_TEST((rig.store->trim() == kPage));
+  }
+}
+
 BOOST_AUTO_TEST_CASE(creating_ahead_and_trimming) {
   Rig rig(16);
   rig.store->create_ahead(kPage * 10);

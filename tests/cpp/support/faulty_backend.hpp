@@ -89,8 +89,9 @@ class FaultyBackend final : public Backend {
     return waited_for_;
   }
 
-  // From now on nothing reads as zeros where nothing is mapped, as on a GPU.
-  void have_no_zeros() { traits_.zero_on_unmapped = false; }
+  // From now on nothing reads as zeros where nothing is mapped, and new frames neither, as on a
+  // GPU.
+  void have_no_zeros() { traits_.zero_on_unmapped = traits_.creates_zeros = false; }
 
   // ---- what was seen ----
 
