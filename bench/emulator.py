@@ -58,6 +58,10 @@ class Emulator:
         finally:
             self._library.kvspan_emulator_set_lane(SERVING)
 
+    def compute(self, us: float) -> None:
+        """Let virtual time pass: the model runs, and what was queued before it is done."""
+        self._library.kvspan_emulator_advance(ctypes.c_double(us))
+
     def handles(self) -> Counter[str]:
         """Return the handles that each virtual-memory call has concerned so far."""
         return Counter(
