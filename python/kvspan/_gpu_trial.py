@@ -190,6 +190,9 @@ class _Driver:
                 )
                 self("cuMemSetAccess", at, u64(size), grants, u64(len(devices)))
                 yield at
+            except BaseException:
+                self.library.cuCtxSynchronize()  # what was queued may still use the memory
+                raise
             finally:
                 self("cuMemUnmap", at, u64(size))
         finally:

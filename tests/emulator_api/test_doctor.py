@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -36,7 +37,7 @@ def test_all_is_well_and_nobody_takes_it_for_a_gpu() -> None:
     assert "EMULATOR: this driver is kvspan's emulator. NOTHING BELOW IS A GPU'S" in done.stdout
     assert "9 passed, 0 failed" in done.stdout
     assert "skip  peers" in done.stdout
-    assert "cuMemSetAccess            2 MiB     16" in done.stdout
+    assert re.search(r"cuMemSetAccess +2 MiB +16 ", done.stdout)
     assert "no GPU's)" in done.stdout
 
 
@@ -73,12 +74,9 @@ def test_a_device_that_is_not_there_is_named() -> None:
 @pytest.mark.parametrize(
     ("name", "check"),
     [
-        ("cuMemMap", "a mapping's life"),
         ("cuMemSetAccess", "a mapping's life"),
-        ("cuMemCreate", "a mapping's life"),
         ("cuStreamSynchronize", "a mapping's life"),
         ("cuEventRecord", "fences"),
-        ("cuMemExportToShareableHandle", "export, import"),
         ("cuMemImportFromShareableHandle", "export, import"),
     ],
 )
