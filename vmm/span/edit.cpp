@@ -251,8 +251,8 @@ void Edit::copy_live(const Patch& patch) {
 
 void Edit::copy_bytes(Address to, Address from, Bytes size) {
   account_.add(Call::copy, 1);
-  has_queued_work_ = true;
   store_.backend().copy(to, from, size, stream_);
+  has_queued_work_ = true;  // not before: on a stream that is refused, nothing could be waited for
 }
 
 void Edit::scrub(const Patch& patch, Address at) {
@@ -262,10 +262,10 @@ void Edit::scrub(const Patch& patch, Address at) {
     if (entry.frame != taken_[next].frame) continue;
     if (taken_[next].is_dirty) {
       account_.add(Call::fill, 1);
-      has_queued_work_ = true;
       store_.backend().fill(at + patch.span->page_size() * i, 0,
                             patch.span->page_size() * pages_of(entry.frame.size_class()).value,
                             stream_);
+      has_queued_work_ = true;
     }
     ++next;
   }
