@@ -25,7 +25,8 @@ class Sequence:
     On a GPU every change takes effect on a stream: `stream` may be a ``torch.cuda.Stream``, an
     object with ``__cuda_stream__``, a handle, or None for torch's current stream. Kernels queued
     there before still see what was, kernels queued there later what is; nothing waits for the
-    device as a whole.
+    device as a whole. A stream must outlive the sequences and batches that were last worked on
+    there, since dropping them looks at it; torch's streams do.
     """
 
     def __init__(self, cache: KVCache, native: _native.SequenceHandle) -> None:

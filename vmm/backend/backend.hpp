@@ -110,7 +110,7 @@ class Mirror {
   virtual void* host() noexcept = 0;            // what to fill
   virtual Address device() const noexcept = 0;  // where kernels find it
   // Lets work that is queued on the stream from now on see what the host has filled in so far; the
-  // host may go on writing at once. Throws DriverError.
+  // host may go on writing at once. The stream must outlive the mirror. Throws DriverError.
   virtual void publish(Stream stream) = 0;
 };
 

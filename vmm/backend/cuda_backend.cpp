@@ -65,12 +65,14 @@ struct State {
       : context(std::move(c)),
         fences(*context),
         own_stream(*context),
+        mirrors(*context, fences),
         space(*context, o.page_size, devices_of(o), o.max_mappings),
         frames(*context, o) {}
 
   const std::shared_ptr<const Context> context;
   Fences fences;
   OwnStream own_stream;
+  MirrorMemory mirrors;
   Space space;
   Frames frames;
 };
@@ -269,7 +271,8 @@ void CudaBackend::finish() noexcept {
 
 std::unique_ptr<Mirror> CudaBackend::make_mirror(Bytes size) {
   const Current current = enter();
-  return std::make_unique<CudaMirror>(state_, context(), state_->fences, size);
+  return std::make_unique<CudaMirror>(state_, context(), state_->fences, state_->mirrors, size,
+                                      own_stream());
 }
 
 }  // namespace

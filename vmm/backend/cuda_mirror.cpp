@@ -4,46 +4,26 @@
 
 #include "backend/cuda_capture.hpp"
 #include "backend/host_fork.hpp"
-#include "core/sizes.hpp"
 
 namespace kvspan::cuda {
 
 CudaMirror::CudaMirror(std::shared_ptr<void> owner, const Context& context, Fences& fences,
-                       Bytes size)
+                       MirrorMemory& memory, Bytes size, Stream own)
     : owner_(std::move(owner)),
       generation_(host_fork::generation()),
       context_(context),
       fences_(fences),
+      memory_(memory),
       bytes_(size.value) {
   const Current current(context);
+  block_ = memory.take(size);
   try {
-    allocate(size);
-    publish({});               // zeros,
-    fences_.wait(copied_[0]);  // before whatever is published on another stream
+    publish(own);                    // zeros,
+    fences_.wait(block_.copied[0]);  // before whatever is published on another stream
   } catch (...) {
     tear_down();
     throw;
   }
-}
-
-void CudaMirror::allocate(Bytes size) {
-  const Driver& api = context_.api();
-  const auto require = [&](CUresult result, const char* call, Bytes asked) {
-    if (result == CUDA_ERROR_OUT_OF_MEMORY) {
-      std::size_t free = 0, total = 0;
-      api.cuMemGetInfo(&free, &total);  // for the message only: zero where it fails
-      throw OutOfMemory(asked, Bytes(free), Bytes(0),
-                        std::string(call) +
-                            " has no memory for a batch's arrays: leave more of the device to "
-                            "others (`reserve`), or make a smaller pool");
-    }
-    check(api, result, call, "cannot make a batch's arrays of " + to_string(asked));
-  };
-  require(api.cuMemAlloc(&device_, size.value), "cuMemAlloc", size);
-  void* pinned = nullptr;
-  require(api.cuMemHostAlloc(&pinned, size.value * kBuffers, CU_MEMHOSTALLOC_PORTABLE),
-          "cuMemHostAlloc", size * kBuffers);
-  pinned_ = static_cast<std::byte*>(pinned);
 }
 
 CudaMirror::~CudaMirror() {
@@ -57,15 +37,13 @@ CudaMirror::~CudaMirror() {
 }
 
 void CudaMirror::tear_down() noexcept {
-  const Driver& api = context_.api();
   try {
-    for (const Fence fence : copied_) fences_.wait(fence);
+    block_.read = fences_.record(reinterpret_cast<CUstream>(last_.handle));
   } catch (const Error&) {
+    block_.is_read_known = false;  // it serves nobody any more
     context_.report_unless(CUDA_ERROR_UNKNOWN);
-    if (api.cuCtxSynchronize() != CUDA_SUCCESS) return;  // the copies may still read: it leaks
   }
-  if (pinned_ != nullptr) context_.report_unless(api.cuMemFreeHost(pinned_));
-  if (device_ != 0) context_.report_unless(api.cuMemFree(device_));
+  memory_.give(block_);
 }
 
 void CudaMirror::publish(Stream stream) {
@@ -74,19 +52,20 @@ void CudaMirror::publish(Stream stream) {
   const Driver& api = context_.api();
   const auto on = reinterpret_cast<CUstream>(stream.handle);
   require_no_capture(api, on);
-  fences_.wait(copied_[next_]);  // of a ring of publications ago: done, as a rule
-  std::byte* const buffer = pinned_ + next_ * bytes_.size();
+  fences_.wait(block_.copied[next_]);  // of a ring of publications ago: done, as a rule
+  std::byte* const buffer = block_.pinned + next_ * bytes_.size();
   std::memcpy(buffer, bytes_.data(), bytes_.size());
-  check(api, api.cuMemcpyHtoDAsync(device_, buffer, bytes_.size(), on), "cuMemcpyHtoDAsync",
+  check(api, api.cuMemcpyHtoDAsync(block_.device, buffer, bytes_.size(), on), "cuMemcpyHtoDAsync",
         "cannot bring a batch's arrays up to date");
+  last_ = stream;
   try {
-    copied_[next_] = fences_.record(on);
+    block_.copied[next_] = fences_.record(on);
   } catch (...) {
     // Without a fence nobody could tell when the buffer is free again.
     context_.report_unless(api.cuStreamSynchronize(on));
     throw;
   }
-  next_ = (next_ + 1) % kBuffers;
+  next_ = (next_ + 1) % MirrorBlock::kBuffers;
 }
 
 }  // namespace kvspan::cuda

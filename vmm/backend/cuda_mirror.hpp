@@ -6,7 +6,6 @@
 // A host that is a whole ring ahead of the stream waits.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <memory>
 #include <mutex>
@@ -14,37 +13,39 @@
 
 #include "backend/cuda_context.hpp"
 #include "backend/cuda_fences.hpp"
+#include "backend/cuda_mirror_memory.hpp"
 
 namespace kvspan::cuda {
 
 class CudaMirror final : public Mirror {
  public:
-  // `owner` keeps the context and the fences. Throws OutOfMemory, DriverError.
-  CudaMirror(std::shared_ptr<void> owner, const Context& context, Fences& fences, Bytes size);
+  // `owner` keeps the context, the fences and the memory; `own` is a stream that no caller orders.
+  // Throws OutOfMemory, DriverError.
+  CudaMirror(std::shared_ptr<void> owner, const Context& context, Fences& fences,
+             MirrorMemory& memory, Bytes size, Stream own);
   ~CudaMirror() override;
 
   void* host() noexcept override { return bytes_.data(); }
-  Address device() const noexcept override { return Address(static_cast<std::uintptr_t>(device_)); }
+  Address device() const noexcept override {
+    return Address(static_cast<std::uintptr_t>(block_.device));
+  }
   void publish(Stream stream) override;
 
  private:
-  static constexpr std::size_t kBuffers = 8;
-
-  void allocate(Bytes size);
-  // Waits for the copies that read the ring, and gives everything back.
+  // Gives the block back, behind what reads it: kernels on the stream of the last publication.
   void tear_down() noexcept;
 
   std::shared_ptr<void> owner_;
   const std::uint64_t generation_;
   const Context& context_;
   Fences& fences_;
+  MirrorMemory& memory_;
   std::vector<std::byte> bytes_;
-  CUdeviceptr device_ = 0;
-  std::byte* pinned_ = nullptr;  // the ring's buffers, one behind the other
 
   std::mutex mutex_;  // guards what follows
-  std::array<Fence, kBuffers> copied_{};
-  std::size_t next_ = 0;
+  MirrorBlock block_;
+  std::size_t next_ = 0;  // of the block's buffers
+  Stream last_;           // that something was published on
 };
 
 }  // namespace kvspan::cuda

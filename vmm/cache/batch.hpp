@@ -80,7 +80,7 @@ class Batch {
   std::vector<std::shared_ptr<Sequence>> rows_;
   std::vector<SequenceState*> states_;  // of rows_, for the fast path
   const std::optional<SlotLease> lease_;
-  bool is_stale_ = false;                // what could not be published is tried again
+  bool is_stale_ = true;                 // what could not be published is tried again
   std::shared_ptr<BatchArrays> arrays_;  // of as many rows as the batch was made with
 };
 

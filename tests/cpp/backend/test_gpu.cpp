@@ -126,9 +126,9 @@ BOOST_FIXTURE_TEST_CASE(nothing_waits_for_work_of_others, Mapped) {
 
 BOOST_FIXTURE_TEST_CASE(a_mirror_is_not_overwritten_before_its_copy, Mapped) {
   constexpr std::uint8_t kTimes = 4;
+  Gate gate;
   const auto mirror = b->make_mirror(Bytes(4));
   auto* const host = static_cast<std::uint8_t*>(mirror->host());
-  Gate gate;
   for (std::uint8_t i = 0; i < kTimes; ++i) {
     host[0] = static_cast<std::uint8_t>(i + 1);
     mirror->publish(gate.stream());
