@@ -10,9 +10,9 @@ whose pages were given back, so that all of them are mapped and unmapped for it.
 takes over the pages of the last one costs nothing, with us and with them; what is then held beside
 requests is told. Waste is 1 - live token bytes / mapped bytes over the decode steps.
 
-Compared is what a request costs, cold and recycled, at equal waste: against each of the others our cheapest
-configuration that wastes no more than it does. The last lines are decode steps with the background
-at work, which takes its turns between steps, on a clock of its own.
+Compared is what a request costs, cold and recycled, at equal waste: against each of the others our
+cheapest configuration that wastes no more than it does. The last lines are decode steps with the
+background at work, which takes its turns between steps, on a clock of its own.
 
 Held to the target: at most half of each.
 """
