@@ -129,7 +129,7 @@ test-emulator: emulator $(VENV)/.native $(VENV)/.extra-test $(VENV)/.extra-test-
 	@LD_LIBRARY_PATH="$(CURDIR)/build/emulator/emulator:$${LD_LIBRARY_PATH:-}" \
 	  $(PY) -m pytest tests/emulator_clients
 	@LD_LIBRARY_PATH="$(CURDIR)/build/emulator/emulator:$${LD_LIBRARY_PATH:-}" \
-	  KVSPAN_TEST_DEVICE=cuda:0 KVSPAN_EMULATOR=granularity=64KiB,recommended=64KiB,visible=1,garbage=1 \
+	  KVSPAN_TEST_DEVICE=cuda:0 KVSPAN_EMULATOR=granularity=64KiB,recommended=64KiB,visible=1,eager=1,garbage=1 \
 	  $(PY) -m pytest tests/python
 
 sanitize: sanitize-address sanitize-thread

@@ -90,7 +90,8 @@ CUresult copy(const char* name, Address to, Place to_place, Address from, Place 
       operation->kind = Operation::Kind::kMark;
     }
     call.s.streams.submit(stream, operation);
-    if (!wait && (to_device || pinned_to || from_place == Place::kHost)) return CUDA_SUCCESS;
+    const bool returns_early = to_device || pinned_to || from_place == Place::kHost;
+    if (!wait && !call.s.options.eager && returns_early) return CUDA_SUCCESS;
     call.s.streams.wait(call.lock, operation);
     return operation->faulted ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_SUCCESS;
   });
@@ -121,7 +122,7 @@ CUresult fill(const char* name, Address to, std::uint32_t value, std::size_t wid
     operation->width = width;
     operation->duration_us = static_cast<double>(n * width) / call.s.options.device_bytes_per_us;
     call.s.streams.submit(stream, operation);
-    if (wait) call.s.streams.wait(call.lock, operation);
+    if (wait || call.s.options.eager) call.s.streams.wait(call.lock, operation);
     return operation->faulted ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_SUCCESS;
   });
 }

@@ -120,6 +120,7 @@ Options Options::parse(std::string_view text) {
       {"max_aliases", count(options.max_aliases)},
       {"log_entries", count(options.log_entries)},
       {"visible", flag(options.visible)},
+      {"eager", flag(options.eager)},
       {"garbage", flag(options.garbage)},
       {"memory_free", flag(options.memory_free)},
       {"peers", flag(options.peers)},

@@ -21,6 +21,7 @@ struct Options {
   bool visible = false;       // granted pages are accessible to the host at the device address
   bool memory_free = false;   // no memory at all: addresses are fictitious, copies move nothing
   bool virtual_time = false;  // operations finish by the virtual clock, not by worker threads
+  bool eager = false;         // copies and fills are done when their call returns
   bool garbage = false;       // new memory holds anything but zeros
   bool peers = true;
   bool vmm_context = true;  // create, map, unmap and set-access want a current context

@@ -54,13 +54,25 @@ def address(cache: kvspan.KVCache, sequence: kvspan.Sequence, position: int) -> 
     return cache.view(0, 0).address + sequence.slot * slot_bytes + position * RECORD
 
 
+def let_streams_finish() -> None:
+    """Wait for what is queued: the next two functions reach past the streams."""
+    assert emulator is not None
+    ledger = (ctypes.c_ulonglong * 11)()
+    emulator.kvspan_emulator_ledger(ledger)
+    while ledger[9] != 0:  # pending operations
+        time.sleep(1e-4)
+        emulator.kvspan_emulator_ledger(ledger)
+
+
 def poke(at: int, data: bytes) -> None:
     assert emulator is not None
+    let_streams_finish()
     assert emulator.kvspan_emulator_poke(ctypes.c_ulonglong(at), data, len(data)) == 0
 
 
 def peek(at: int, n: int) -> bytes:
     assert emulator is not None
+    let_streams_finish()
     out = ctypes.create_string_buffer(n)
     assert emulator.kvspan_emulator_peek(ctypes.c_ulonglong(at), out, n) == 0
     return out.raw
