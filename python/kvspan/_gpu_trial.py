@@ -436,12 +436,14 @@ def _peers(driver: _Driver, ordinal: int) -> str:
         kvspan.Pool(f"cuda:{ordinal}", capacity=64 * MIB, peers=peers) as pool,
         kvspan.KVCache(pool, 1, 1, 64, max_seqs=1, max_seq_len=1024) as cache,
         cache.sequence() as sequence,
-        driver.context(peers[0]),
     ):
-        sequence.extend(8)
+        with driver.context(ordinal):
+            sequence.extend(8, stream=0)
+            driver("cuStreamSynchronize", None)  # the page is cleared there; peers are not ordered
         at = ctypes.c_uint64(cache.view(0, 0).address)
-        driver.fill(at, 3, 64)
-        driver.require(at.value + 63, 3)
+        with driver.context(peers[0]):
+            driver.fill(at, 3, 64)
+            driver.require(at.value + 63, 3)
     return f"cuda:{peers[0]} writes and reads our pages; peers: {peers}"
 
 
