@@ -10,7 +10,7 @@ namespace {
 
 // An item's tile of keys and values and the one behind it, and its sums, are to stay in a core's
 // second-level cache.
-constexpr std::ptrdiff_t kMaxRowBytes = 4 << 10;
+constexpr std::ptrdiff_t kMaxRowBytes = 8 << 10;
 constexpr std::ptrdiff_t kMaxSumsBytes = 128 << 10;
 // What is read faster than another thread is woken.
 constexpr std::ptrdiff_t kLeastPieceBytes = 64 << 10;

@@ -36,6 +36,7 @@ using Ints = std::int32_t __attribute__((vector_size(4 * kLanes)));
 using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
 // Half as wide and a quarter as wide: what fills a vector when widened.
 using Halves = std::uint16_t __attribute__((vector_size(2 * kLanes)));
+using SignedHalves = std::int16_t __attribute__((vector_size(2 * kLanes)));
 using Octets = std::uint8_t __attribute__((vector_size(kLanes)));
 using SignedOctets = std::int8_t __attribute__((vector_size(kLanes)));
 

@@ -10,7 +10,7 @@ template <class Product, int kBlockRows>
 [[gnu::noinline]] static void add_values(const Problem& p, const Layout& layout, const Tile& tile,
                                          Prefetch prefetch, Scratch& scratch) {
   constexpr int kTokens = Block<kBlockRows>::kTokens;
-  constexpr int kStep = 16;  // tokens that a chunk of sums takes in while it is in registers
+  constexpr int kStep = 8;  // tokens that a chunk of sums takes in while it is in registers
   const int n_heads = tile.item->n_heads;
   const int lines =
       prefetch.lines_per_step(kTile / kStep * n_heads * layout.n_blocks * layout.n_chunks);

@@ -108,7 +108,7 @@ class Prefetch {
 
   [[gnu::always_inline]] void step(int n_lines) {
     for (; n_lines > 0 && at_ != nullptr; --n_lines) {
-      __builtin_prefetch(at_, 0, 2);
+      __builtin_prefetch(at_, 0, 3);
       at_ += kLine;
       if (at_ >= end_) leave();
     }
