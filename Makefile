@@ -31,8 +31,8 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c const
 INSTALL_SELF := $(PIP_INSTALL) --no-build-isolation
 BUILD_TOOLS := cmake ninja $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
 
-CPP_SOURCES := $(shell find vmm -name '*.cpp' -o -name '*.hpp' -o -name CMakeLists.txt)
-CPP_FILES := $(shell find vmm tests/cpp tests/emulator bench/cpp -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
+CPP_SOURCES := $(shell find vmm flash_compat/kernel -name '*.cpp' -o -name '*.hpp' -o -name CMakeLists.txt)
+CPP_FILES := $(shell find vmm flash_compat tests/cpp tests/emulator bench/cpp -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 PYTHON_FILES := $(wildcard python bench tools tests flash_compat)
 
 .PHONY: help demo test test-cpp test-python test-emulator bench lint format sanitize sanitize-address \
