@@ -27,11 +27,10 @@ void attend(const Piece& piece) {
     if (now.index == item.first_tile || now.index == piece.begin) {
       begin<Product, kBlockRows>(piece, item, scratch);
     }
-    Prefetch keys(more ? ahead.keys : nullptr, ahead.item, problem, problem.keys);
-    score<Product, kBlockRows>(problem, layout, now, keys, scratch);
+    Prefetch prefetch(more ? &ahead : nullptr, problem);
+    score<Product, kBlockRows>(problem, layout, now, prefetch, scratch);
     weigh<Product, kBlockRows>(problem, layout, now, scratch);
-    Prefetch values(more ? ahead.values : nullptr, ahead.item, problem, problem.values);
-    add_values<Product, kBlockRows>(problem, layout, now, values, scratch);
+    add_values<Product, kBlockRows>(problem, layout, now, prefetch, scratch);
     if (more && ahead.item == now.item) continue;
 
     if (item.first_tile < piece.begin || item.last_tile() > piece.end) continue;

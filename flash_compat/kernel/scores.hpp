@@ -19,13 +19,14 @@ KVSPAN_INLINE float score_factor(const Problem& p, int kv_head) {
 // in memory a token's heads usually lie side by side.
 template <class Product, int kBlockRows>
 [[gnu::noinline]] static void score(const Problem& p, const Layout& layout, const Tile& tile,
-                                    Prefetch prefetch, Scratch& scratch) {
+                                    Prefetch& shared, Scratch& scratch) {
   constexpr int kVectors = kRegisters / 2 / kLanes;
   constexpr int kTokens = Block<kBlockRows>::kTokens;
   constexpr int kStep = kVectors * kTokens;
   static_assert(kTile % kStep == 0);
   using Query = typename Product::Chunk;
 
+  Prefetch prefetch = shared;  // in registers
   const int n_heads = tile.item->n_heads;
   const int lines = prefetch.lines_per_step(kTile / kStep * n_heads);
   const std::ptrdiff_t last_chunk = (p.head_dim - 2 * kLanes) * Product::kBytes;
@@ -58,6 +59,7 @@ template <class Product, int kBlockRows>
       }
     }
   }
+  shared = prefetch;
 }
 
 }  // namespace kvspan::flash::KVSPAN_LEVEL

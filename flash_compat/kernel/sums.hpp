@@ -8,9 +8,10 @@ namespace kvspan::flash::KVSPAN_LEVEL {
 
 template <class Product, int kBlockRows>
 [[gnu::noinline]] static void add_values(const Problem& p, const Layout& layout, const Tile& tile,
-                                         Prefetch prefetch, Scratch& scratch) {
+                                         Prefetch& shared, Scratch& scratch) {
   constexpr int kTokens = Block<kBlockRows>::kTokens;
-  constexpr int kStep = 8;  // tokens that a chunk of sums takes in while it is in registers
+  constexpr int kStep = 8;     // tokens that a chunk of sums takes in while it is in registers
+  Prefetch prefetch = shared;  // in registers
   const int n_heads = tile.item->n_heads;
   const int lines =
       prefetch.lines_per_step(kTile / kStep * n_heads * layout.n_blocks * layout.n_chunks);
@@ -43,6 +44,7 @@ template <class Product, int kBlockRows>
       }
     }
   }
+  shared = prefetch;
 }
 
 }  // namespace kvspan::flash::KVSPAN_LEVEL

@@ -83,24 +83,25 @@ class Tiles {
 };
 
 // Asks for every cache line of a tile's rows, in the order of their addresses, a few at a time
-// between computations: this, into the second-level cache, is worth most of the speed.
+// between computations: this is worth most of the speed. That order is all keys, then all values,
+// or, where a token's values lie beside its keys, both of token after token.
 class Prefetch {
  public:
-  // `rows` may be null: nothing comes next.
-  [[gnu::always_inline]] Prefetch(const char* const* rows, const Item* item, const Problem& p,
-                                  const Plane& plane)
-      : rows_(rows), stride_(plane.head_stride) {
+  // `tile` may be null: nothing comes next.
+  [[gnu::always_inline]] Prefetch(const Tile* tile, const Problem& p) : tile_(tile) {
+    if (tile == nullptr) return;
     const std::ptrdiff_t head_bytes = std::ptrdiff_t{p.head_dim} * size_of(p.key_element);
-    n_runs_ = rows == nullptr ? 0 : item->n_heads;
-    run_bytes_ = head_bytes;
-    if (stride_ == head_bytes && n_runs_ > 0) {
-      run_bytes_ *= n_runs_;
-      n_runs_ = 1;
-    }
-    if (rows != nullptr) enter(rows_[0]);
+    stride_[0] = p.keys.head_stride;
+    stride_[1] = p.values.head_stride;
+    const bool is_dense = stride_[0] == head_bytes && stride_[1] == head_bytes;
+    n_runs_ = is_dense ? 1 : tile->item->n_heads;
+    run_bytes_ = is_dense ? head_bytes * tile->item->n_heads : head_bytes;
+    const std::ptrdiff_t apart = p.values.data - p.keys.data;
+    is_side_by_side_ = -p.keys.position_stride < apart && apart < p.keys.position_stride;
+    enter();
   }
 
-  // How many lines a step has to ask for so that `n_steps` ask for all.
+  // How many lines a step has to ask for so that `n_steps` ask for half of all.
   [[gnu::always_inline]] int lines_per_step(int n_steps) const {
     const std::ptrdiff_t lines = kTile * n_runs_ * ((run_bytes_ + 2 * kLine - 2) / kLine);
     return static_cast<int>((lines + n_steps - 1) / n_steps);
@@ -117,24 +118,30 @@ class Prefetch {
  private:
   static constexpr std::ptrdiff_t kLine = 64;
 
-  [[gnu::always_inline]] void enter(const char* run) {
+  [[gnu::always_inline]] void enter() {
+    const char* run = (plane_ == 0 ? tile_->keys : tile_->values)[row_] + run_ * stride_[plane_];
     at_ = run - reinterpret_cast<std::uintptr_t>(run) % kLine;
     end_ = run + run_bytes_;
   }
   [[gnu::always_inline]] void leave() {
     if (++run_ == n_runs_) {
       run_ = 0;
-      if (++row_ == kTile) {
-        at_ = nullptr;
-        return;
+      int &inner = is_side_by_side_ ? plane_ : row_, &outer = is_side_by_side_ ? row_ : plane_;
+      if (++inner == (is_side_by_side_ ? 2 : kTile)) {
+        inner = 0;
+        if (++outer == (is_side_by_side_ ? kTile : 2)) {
+          at_ = nullptr;
+          return;
+        }
       }
     }
-    enter(rows_[row_] + run_ * stride_);
+    enter();
   }
 
-  const char* const* rows_;
-  std::ptrdiff_t stride_, run_bytes_ = 0;
-  int n_runs_, run_ = 0, row_ = 0;
+  const Tile* tile_;
+  std::ptrdiff_t stride_[2] = {}, run_bytes_ = 0;
+  bool is_side_by_side_ = false;
+  int n_runs_ = 0, run_ = 0, plane_ = 0, row_ = 0;
   const char *at_ = nullptr, *end_ = nullptr;
 };
 
