@@ -76,9 +76,7 @@ def problems(args: argparse.Namespace) -> list[Problem]:
             )
         ]  # fmt: skip
     least = 1 if args.quick else TIMES_CACHE * last_level_cache()
-    return [
-        replace(p, shape=replace(p.shape, n_layers=-(-least // p.bytes_read))) for p in found
-    ]
+    return [replace(p, shape=replace(p.shape, n_layers=-(-least // p.bytes_read))) for p in found]
 
 
 def cases(
