@@ -148,13 +148,11 @@ def block_table(
 
 def reader(problem: Problem, layers: list[tuple[Tensor, Tensor]]) -> Callable[[], object]:
     """Return the sum of all bytes that attention reads, as integers of 64 bits."""
-    rows = [
-        plane[row, :length].view(torch.int64)
-        for pair in layers
-        for plane in pair
-        for row, length in enumerate(problem.lengths().tolist())
-    ]
-    return lambda: [row.sum() for row in rows]
+    planes = [plane.view(torch.int64) for pair in layers for plane in pair]
+    if problem.is_ragged:
+        lengths = problem.lengths().tolist()
+        planes = [plane[row, :n] for plane in planes for row, n in enumerate(lengths)]
+    return lambda: [plane.sum() for plane in planes]
 
 
 def measure(problem: Problem, args: argparse.Namespace) -> dict[str, Series]:
