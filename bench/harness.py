@@ -129,7 +129,7 @@ def interleave(
     *,
     calls: int = 1,
     equal: Callable[[Any, Any], bool] | None = None,
-    clock: Callable[[], int] = time.perf_counter_ns,
+    clock: Callable[[], int] | None = None,
 ) -> dict[str, Series]:
     """Time several callables in turn, so that what disturbs one disturbs all.
 
@@ -148,7 +148,8 @@ def interleave(
     equal
         Compares two results. Without it they are not compared.
     clock
-        In nanoseconds. Where others use the machine, CPU time says more of what one thread does.
+        In nanoseconds; by default the wall's. Where others use the machine, CPU time says more of
+        what one thread does.
 
     Returns
     -------
@@ -159,6 +160,7 @@ def interleave(
         raise ValueError(f"{repeats} repeats are too few to say anything: {MIN_REPEATS} at least")
     if calls < 1:
         raise ValueError(f"calls must be positive, not {calls}")
+    clock = clock or time.perf_counter_ns
     names = list(cases)
     first: object = None
     for i, name in enumerate(names):
