@@ -13,7 +13,7 @@ import torch
 
 from flash_compat import checks, packages
 from flash_compat.dense import Score, attend
-from flash_compat.kv_cache import attend_rows, rotate_keys, rotate_queries
+from flash_compat.kv_cache import attend_dense, attend_rows, rotate_keys, rotate_queries
 from flash_compat.mask import Band
 from flash_compat.rows import Rows
 from kvspan import InvalidArgument
@@ -77,7 +77,10 @@ def flash_attn_func(
     if (function := packages.find("flash_attn_func", q.device, options)) is not None:
         return function(q, k, v)
     checks.check_no_dropout(dropout_p)
-    out, lse = attend(q, k, v, score, with_lse=return_attn_probs)
+    rows = Rows(k, v, torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device))
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    attention = attend_dense if needs_grad else attend_rows
+    out, lse = attention(q, rows, score, with_lse=return_attn_probs)
     return (out, lse, None) if return_attn_probs else out
 
 

@@ -1,9 +1,14 @@
-"""`flash_attn_with_kvcache` without flash-attn: append, rotate, attend, row by row or at once."""
+"""`flash_attn_with_kvcache` without flash-attn: rotate, attend, all rows at once or one by one.
+
+A few queries over keys in host memory are the native kernel's; longer queries, which compute more
+than they read, and other devices are torch's.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from flash_compat import native
 from flash_compat.dense import Score, attend
 from flash_compat.rotary import rotate
 from flash_compat.rows import Rows
@@ -13,6 +18,15 @@ def attend_rows(
     q: torch.Tensor, rows: Rows, score: Score, *, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the attention of ``q [batch, queries, heads, dim]``, each row over its own keys."""
+    if rows.leftpad is None and native.can_decode(q, rows.k, rows.v):
+        return _decode(q, rows, score, with_lse=with_lse)
+    return attend_dense(q, rows, score, with_lse=with_lse)
+
+
+def attend_dense(
+    q: torch.Tensor, rows: Rows, score: Score, *, with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `attend_rows`, by torch's operators alone; gradients flow through them."""
     lengths = rows.lengths.tolist()
     begins = [0] * len(lengths) if rows.leftpad is None else rows.leftpad.tolist()
     is_even = rows.slots is None and rows.block_table is None and rows.leftpad is None
@@ -28,6 +42,30 @@ def attend_rows(
     return torch.cat(outs), torch.cat(
         [lse for lse in lses if lse is not None]
     ) if with_lse else None
+
+
+def _decode(
+    q: torch.Tensor, rows: Rows, score: Score, *, with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    batch, n_queries, n_heads, _ = q.shape
+    lse = torch.empty(batch, n_heads, n_queries) if with_lse else None
+    slopes = score.alibi_slopes
+    out = native.decode(
+        q,
+        rows.k,
+        rows.v,
+        rows.lengths.int().contiguous(),
+        slots=None if rows.slots is None else rows.slots.int().contiguous(),
+        block_table=None if rows.block_table is None else rows.block_table.int().contiguous(),
+        scale=score.scale,
+        causal=False,
+        window=tuple(-1 if n is None else n for n in (score.band.left, score.band.right)),
+        softcap=score.softcap,
+        alibi_slopes=None if slopes is None else slopes.float().contiguous(),
+        lse=lse,
+    )
+    # flash-attn says infinity where a query sees no key.
+    return out, None if lse is None else lse.masked_fill_(lse == -torch.inf, torch.inf)
 
 
 def rotate_queries(

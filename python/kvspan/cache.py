@@ -214,6 +214,12 @@ class KVCache:
         return stream_handle(stream, self.pool.device)
 
     def _tensor(self, view: _native.TensorView) -> torch.Tensor:
+        if self.pool.device != "cpu" and not torch.backends.cuda.is_built():
+            raise InvalidArgument(
+                f"this torch ({torch.__version__}) is built without CUDA and has no tensors on "
+                f"{self.pool.device}: install one with CUDA, or give cache.view(layer, plane) to "
+                "another consumer of DLPack"
+            )
         return torch.from_dlpack(view)
 
     def trim(self) -> int:

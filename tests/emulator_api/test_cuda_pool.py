@@ -247,3 +247,15 @@ def test_a_window_that_takes_too_much_is_refused(capacity: str, error: type[Exce
             )
         assert pool.stats().in_use_bytes == 0
         assert pool.stats().n_mappings == 0
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch can show them")
+def test_a_torch_without_cuda_is_told_so() -> None:
+    with (
+        kvspan.Pool("cuda:0", capacity="256MiB", background=False) as pool,
+        cache_of(pool) as cache,
+    ):
+        for use in (lambda: cache.layer(0), lambda: cache.batch(2)):
+            with pytest.raises(kvspan.InvalidArgument, match="built without CUDA"):
+                use()
+        assert cache.stats().n_sequences == 0
