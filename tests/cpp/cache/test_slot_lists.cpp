@@ -59,7 +59,7 @@ BOOST_AUTO_TEST_CASE(every_free_slot_is_found_where_it_belongs) {
         break;
       default:
         // All magnitudes, the largest included.
-        free[slot] = static_cast<std::uint32_t>(UINT32_MAX >> upto(32));
+        free[slot] = static_cast<std::uint32_t>(std::uint64_t{UINT32_MAX} >> upto(32));
         free[slot] -= upto(std::min(free[slot], 40u));
         lists.put_free(SlotId(slot), Pages(free[slot]));
     }
