@@ -49,7 +49,7 @@ def _decode(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     batch, n_queries, n_heads, _ = q.shape
     lse = torch.empty(batch, n_heads, n_queries) if with_lse else None
-    slopes = score.alibi_slopes
+    slopes, band = score.alibi_slopes, score.band
     out = native.decode(
         q,
         rows.k,
@@ -59,7 +59,10 @@ def _decode(
         block_table=None if rows.block_table is None else rows.block_table.int().contiguous(),
         scale=score.scale,
         causal=False,
-        window=tuple(-1 if n is None else n for n in (score.band.left, score.band.right)),
+        window=(
+            -1 if band.left is None else band.left,
+            -1 if band.right is None else band.right,
+        ),
         softcap=score.softcap,
         alibi_slopes=None if slopes is None else slopes.float().contiguous(),
         lse=lse,

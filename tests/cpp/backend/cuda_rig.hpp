@@ -4,9 +4,9 @@
 
 #include <dlfcn.h>
 
-#include <boost/test/unit_test.hpp>
 #include <memory>
 #include <stdexcept>
+#include <string>
 
 #include "backend/cuda_backend.hpp"
 #include "core/sizes.hpp"
@@ -21,8 +21,10 @@ inline void* library() {
 template <class F>
 F* function(const char* name) {
   void* const found = library() == nullptr ? nullptr : dlsym(library(), name);
-  BOOST_REQUIRE_MESSAGE(found != nullptr,
-                        name << ": the driver on LD_LIBRARY_PATH has no such function");
+  // Thrown and not BOOST_REQUIREd here and below: Boost.Test's log is one thread's.
+  if (found == nullptr) {
+    throw std::runtime_error(std::string(name) + ": the driver found has no such function");
+  }
   return reinterpret_cast<F*>(found);
 }
 
@@ -74,7 +76,7 @@ inline std::uint8_t peek(Backend&, Address at) {
   std::uint8_t value = 0;
   const int result =
       function<int(void*, unsigned long long, std::size_t)>("cuMemcpyDtoH_v2")(&value, at.value, 1);
-  BOOST_REQUIRE_MESSAGE(result == 0, "cuMemcpyDtoH: " << result);
+  if (result != 0) throw std::runtime_error("cuMemcpyDtoH: " + std::to_string(result));
   return value;
 }
 
