@@ -259,3 +259,15 @@ def test_a_torch_without_cuda_is_told_so() -> None:
             with pytest.raises(kvspan.InvalidArgument, match="built without CUDA"):
                 use()
         assert cache.stats().n_sequences == 0
+
+
+def test_many_windows_share_several_frames_of_zeros() -> None:
+    # 8,192 mappings of single pages: more than a driver takes of one handle in one reservation.
+    with (
+        kvspan.Pool("cuda:0", capacity="256MiB", max_frame_size="2MiB", background=False) as pool,
+        kvspan.KVCache(
+            pool, 2, 2, 64, max_seqs=1024, max_seq_len=65536, unmapped="zero", static_len=16_384
+        ) as cache,
+    ):
+        assert pool.stats().n_mappings == 1024 * 8 + cache.stats().zero_bytes // pool.page_size
+        assert cache.stats().zero_bytes > pool.page_size
