@@ -2,8 +2,9 @@
 
 A pass is one decode step's attention in so many layers that eight times the last-level cache is
 read. "read" adds up the same bytes as integers. The kernel runs over dense memory, over kvspan's
-own, and through block tables, whose blocks are shuffled within each row; the results of all agree.
-On one thread CPU time is taken, on more the wall's.
+own, and through block tables, whose blocks are shuffled within each row; with --vllm beside vLLM's
+operator for CPUs, over its own layout. The results of all agree. On one thread CPU time is taken,
+on more the wall's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from baselines import vllm_paged
 from bench_attention import TIMES_CACHE, last_level_cache
 from decode_attention import Shape, batches, dense, fill, is_close, span_layers, speed
 from flash_compat.native import decode
@@ -25,6 +27,14 @@ from harness import Expectation, Result, Series, interleave
 NAME = "decode"
 LEAST_SHARE = 0.65
 BLOCK_SIZES = (16, 32, 128)
+# vLLM's time over the kernel's, from 4,096 tokens on, by dtype and threads.
+OVER_VLLM = {
+    (torch.bfloat16, 1): 2.5,
+    (torch.bfloat16, 2): 1.8,
+    (torch.float32, 1): 1.6,
+    (torch.float32, 2): 1.4,
+}
+VLLM = "vLLM, blocks of 128"
 SLOW = ("SDPA enable_gqa", "SDPA folded")
 
 
@@ -126,6 +136,25 @@ def cases(
     return found
 
 
+def vllm(problem: Problem, layers: list[tuple[Tensor, Tensor]]) -> Callable[[], Tensor]:
+    """Return vLLM's decode over the same keys and values, at the block size that suits it best."""
+    shape = problem.shape
+    lengths = problem.lengths()
+    query = torch.randn(
+        shape.rows, shape.heads * shape.group, shape.dim,
+        generator=torch.Generator().manual_seed(1),
+    ).to(shape.dtype)  # fmt: skip
+    caches = [vllm_paged.PagedCache(k, v, 128) for k, v in layers]
+
+    def step() -> Tensor:
+        plan = caches[0].metadata(query, lengths)
+        return torch.stack(
+            [c.attend(query, lengths, torch.empty_like(query), plan) for c in caches]
+        )
+
+    return step
+
+
 def block_table(
     problem: Problem, layers: list[tuple[Tensor, Tensor]], block_size: int
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -166,6 +195,8 @@ def measure(problem: Problem, args: argparse.Namespace) -> dict[str, Series]:
         compared = cases(problem, plain, span)
         if args.only_kernel:
             compared = {name: case for name, case in compared.items() if name not in SLOW}
+        if args.vllm and not problem.is_ragged:
+            compared[VLLM] = vllm(problem, plain)
         first = compared["kernel"]()
         for name, case in compared.items():
             if not is_close(first, case()):
@@ -187,6 +218,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--other-shapes", action="store_true", help="other heads and lengths, too")
     parser.add_argument("--only-kernel", action="store_true", help="leave torch's kernels out")
+    parser.add_argument("--vllm", action="store_true", help="beside vLLM's operator")
+    parser.add_argument(
+        "--install-vllm", action="store_true", help="download it first (a wheel of 130 MB)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one layer each, nothing checked but that all agree"
     )
@@ -195,6 +230,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     """Measure."""
     torch.set_num_threads(args.threads)
+    if args.install_vllm:
+        vllm_paged.install()
     result = Result({}, parameters={"threads": args.threads})
     for problem in problems(args):
         series = measure(problem, args)
@@ -205,7 +242,17 @@ def run(args: argparse.Namespace) -> Result:
             f"{name} {problem.bytes_read / one.median / 1e9:.1f}" for name, one in series.items()
         )
         result.notes.append(f"{problem.name}, GB/s: {rates}")
-        if args.threads == 1 and not args.quick:
+        if args.quick:
+            continue
+        if VLLM in series:
+            ratio = speed(series["kernel"], series[VLLM])
+            result.measurements[f"{problem.name}: vLLM's time over the kernel's"] = ratio
+            least = OVER_VLLM.get((problem.shape.dtype, args.threads), 1.0)
+            least = least if problem.shape.tokens >= 4096 else 1.0
+            result.expectations.append(
+                Expectation(f"{problem.name}: times vLLM's speed", ratio.median, least, True)
+            )
+        if args.threads == 1:
             result.expectations.append(
                 Expectation(f"{problem.name}: share of read", share.median, LEAST_SHARE, True)
             )
