@@ -59,6 +59,12 @@ class Problem:
         generator = torch.Generator().manual_seed(2)
         return torch.randint(0, s.tokens + 1, (s.rows,), generator=generator, dtype=torch.int32)
 
+    def queries(self) -> Tensor:
+        """[rows, 1, heads, dim]; the same ones each time."""
+        s = self.shape
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(s.rows, 1, s.heads * s.group, s.dim, generator=generator).to(s.dtype)
+
     @property
     def bytes_read(self) -> int:
         s = self.shape
@@ -95,10 +101,7 @@ def cases(
     """Return what is compared; each gives [layers, rows, heads, dim]."""
     shape = problem.shape
     lengths = problem.lengths()
-    q = torch.randn(
-        shape.rows, 1, shape.heads * shape.group, shape.dim,
-        generator=torch.Generator().manual_seed(1),
-    ).to(shape.dtype)  # fmt: skip
+    q = problem.queries()
 
     def native(layers: list[tuple[Tensor, Tensor]]) -> Tensor:
         return torch.stack([decode(q, k, v, lengths)[:, 0] for k, v in layers])
@@ -138,12 +141,8 @@ def cases(
 
 def vllm(problem: Problem, layers: list[tuple[Tensor, Tensor]]) -> Callable[[], Tensor]:
     """Return vLLM's decode over the same keys and values, at the block size that suits it best."""
-    shape = problem.shape
     lengths = problem.lengths()
-    query = torch.randn(
-        shape.rows, shape.heads * shape.group, shape.dim,
-        generator=torch.Generator().manual_seed(1),
-    ).to(shape.dtype)  # fmt: skip
+    query = problem.queries()[:, 0]
     caches = [vllm_paged.PagedCache(k, v, 128) for k, v in layers]
 
     def step() -> Tensor:
