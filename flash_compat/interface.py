@@ -7,6 +7,9 @@ extended to raises `kvspan.InvalidArgument` before anything is written.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,17 +67,7 @@ def flash_attn_func(
     score = _score(q, softmax_scale, causal, window_size, softcap, alibi_slopes, batch=q.shape[0])
     if k.shape[0] != q.shape[0]:
         raise InvalidArgument(f"q has {q.shape[0]} rows, k and v have {k.shape[0]}")
-    options = _given(
-        dropout_p=(dropout_p, 0.0),
-        softmax_scale=(softmax_scale, None),
-        causal=(causal, False),
-        window_size=(window_size, (-1, -1)),
-        softcap=(softcap, 0.0),
-        alibi_slopes=(alibi_slopes, None),
-        deterministic=(deterministic, False),
-        return_attn_probs=(return_attn_probs, False),
-    )
-    if (function := packages.find("flash_attn_func", q.device, options)) is not None:
+    if (function := _of_a_package(flash_attn_func, locals())) is not None:
         return function(q, k, v)
     checks.check_no_dropout(dropout_p)
     rows = Rows(k, v, torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device))
@@ -188,18 +181,7 @@ def flash_attn_varlen_func(
     checks.check_ints(cu_seqlens_k, "cu_seqlens_k", (batch + 1,))
     checks.check_ints(block_table, "block_table", (batch, -1))
     score = _score(q, softmax_scale, causal, window_size, softcap, alibi_slopes, batch=batch)
-    options = _given(
-        dropout_p=(dropout_p, 0.0),
-        softmax_scale=(softmax_scale, None),
-        causal=(causal, False),
-        window_size=(window_size, (-1, -1)),
-        softcap=(softcap, 0.0),
-        alibi_slopes=(alibi_slopes, None),
-        deterministic=(deterministic, False),
-        return_attn_probs=(return_attn_probs, False),
-        block_table=(block_table, None),
-    )
-    if (function := packages.find("flash_attn_varlen_func", q.device, options)) is not None:
+    if (function := _of_a_package(flash_attn_varlen_func, locals())) is not None:
         return function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check_no_dropout(dropout_p)
     at_q, at_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -359,25 +341,7 @@ def flash_attn_with_kvcache(
     checks.check_qkv(q, k_cache, v_cache, n_dims=4)
     batch = q.shape[0]
     score = _score(q, softmax_scale, causal, window_size, softcap, alibi_slopes, batch=batch)
-    options = _given(
-        k=(k, None),
-        v=(v, None),
-        rotary_cos=(rotary_cos, None),
-        rotary_sin=(rotary_sin, None),
-        cache_seqlens=(cache_seqlens, None),
-        cache_batch_idx=(cache_batch_idx, None),
-        cache_leftpad=(cache_leftpad, None),
-        block_table=(block_table, None),
-        softmax_scale=(softmax_scale, None),
-        causal=(causal, False),
-        window_size=(window_size, (-1, -1)),
-        softcap=(softcap, 0.0),
-        rotary_interleaved=(rotary_interleaved, True),
-        alibi_slopes=(alibi_slopes, None),
-        num_splits=(num_splits, 0),
-        return_softmax_lse=(return_softmax_lse, False),
-    )
-    if (function := packages.find("flash_attn_with_kvcache", q.device, options)) is not None:
+    if (function := _of_a_package(flash_attn_with_kvcache, locals())) is not None:
         return function(q, k_cache, v_cache)
 
     for t, name in ((cache_batch_idx, "cache_batch_idx"), (cache_leftpad, "cache_leftpad")):
@@ -465,11 +429,21 @@ def _unpacked(t: torch.Tensor, name: str, n: int, *, n_dims: int) -> tuple[torch
     return t.unbind(-3)
 
 
-def _given(**options: tuple[Any, Any]) -> dict[str, Any]:
-    """Return the options that are not at their defaults: ``name=(value, default)``."""
-    return {
-        name: value
-        for name, (value, default) in options.items()
-        if value is not default
-        and not (isinstance(default, (int, float, tuple)) and value == default)
+def _of_a_package(ours: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any] | None:
+    """Return a package's function of that name, given what is not at its default; or None."""
+    device = arguments["q"].device
+    if device.type != "cuda":
+        return None
+    options = {
+        name: arguments[name]
+        for name, default in _defaults(ours).items()
+        if arguments[name] is not default
+        and not (isinstance(default, (int, float, tuple)) and arguments[name] == default)
     }
+    return packages.find(ours.__name__, device, options)
+
+
+@functools.cache
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-# What FlashAttention-3's functions call differently, or do not have.
+# What FlashAttention-3's functions call differently. What they lack, their signatures say.
 _FA3_RENAMED = {"block_table": "page_table"}
-_FA3_MISSING = ("alibi_slopes", "dropout_p")
 
 
 @functools.cache
@@ -33,16 +33,14 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def find(name: str, device: torch.device, options: dict[str, Any]) -> Callable[..., Any] | None:
-    """Return a package's function of that name, or None: it is then torch's turn.
+    """Return a package's function of that name for a GPU, or None: it is then torch's turn.
 
     `options` are the keyword arguments of the call; those at their defaults are left out, so that a
     package which lacks one is only passed over when it is used.
     """
-    if device.type != "cuda":
-        return None
     fa3 = _function("flash_attn_interface", name) if _is_hopper(device) else None
-    if fa3 is not None and not any(option in options for option in _FA3_MISSING):
-        renamed = {_FA3_RENAMED.get(key, key): value for key, value in options.items()}
+    renamed = {_FA3_RENAMED.get(key, key): value for key, value in options.items()}
+    if fa3 is not None and renamed.keys() <= inspect.signature(fa3).parameters.keys():
         return functools.partial(fa3, **renamed)
     fa2 = _function("flash_attn", name)
     return None if fa2 is None else functools.partial(fa2, **options)
