@@ -12,17 +12,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from device import load_emulator
 
 import kvspan
-
-
-def load_emulator() -> ctypes.CDLL | None:
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    return library if hasattr(library, "kvspan_emulator_reset") else None
-
 
 emulator = load_emulator()
 pytestmark = pytest.mark.skipif(
