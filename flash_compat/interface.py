@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from flash_compat import checks, packages
-from flash_compat.dense import Score, attend
-from flash_compat.kv_cache import attend_dense, attend_rows, rotate_keys, rotate_queries
+from flash_compat import checks, operators, packages
+from flash_compat.dense import Score
 from flash_compat.mask import Band
-from flash_compat.rows import Rows
+from flash_compat.rows import NewTokens, Rows
+from flash_compat.runs import Runs
 from kvspan import InvalidArgument
 
 Window = tuple[int, int]
@@ -70,10 +70,8 @@ def flash_attn_func(
     if (function := _of_a_package(flash_attn_func, locals())) is not None:
         return function(q, k, v)
     checks.check_no_dropout(dropout_p)
-    rows = Rows(k, v, torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device))
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    attention = attend_dense if needs_grad else attend_rows
-    out, lse = attention(q, rows, score, with_lse=return_attn_probs)
+    rows = Rows(k, v, _lengths(k.shape[1], q))
+    out, lse = operators.attend(q, rows, None, score, with_lse=return_attn_probs)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -184,28 +182,8 @@ def flash_attn_varlen_func(
     if (function := _of_a_package(flash_attn_varlen_func, locals())) is not None:
         return function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check_no_dropout(dropout_p)
-    at_q, at_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    if at_q[-1] > q.shape[0] or (block_table is None and at_k[-1] > k.shape[0]):
-        raise InvalidArgument(
-            f"cu_seqlens end at {at_q[-1]} queries and {at_k[-1]} keys, of {q.shape[0]} and "
-            f"{k.shape[0]}"
-        )
-    out = torch.zeros_like(q)
-    lse = q.new_full((q.shape[1], q.shape[0]), torch.inf, dtype=torch.float32)
-    for row in range(batch):
-        queries = slice(at_q[row], at_q[row + 1])
-        n_keys = at_k[row + 1] - at_k[row]
-        if block_table is None:
-            keys = slice(at_k[row], at_k[row + 1])
-            row_k, row_v = k[keys][None], v[keys][None]
-        else:
-            row_k, row_v = Rows(k, v, cu_seqlens_k, block_table=block_table).keys_of(row, 0, n_keys)
-        row_out, row_lse = attend(
-            q[queries][None], row_k, row_v, score.of_row(row), with_lse=return_attn_probs
-        )
-        out[queries] = row_out[0]
-        if row_lse is not None:
-            lse[:, queries] = row_lse[0]
+    runs = Runs(k, v, cu_seqlens_q, cu_seqlens_k, block_table)
+    out, lse = operators.attend_runs(q, runs, score, with_lse=return_attn_probs)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -346,28 +324,18 @@ def flash_attn_with_kvcache(
 
     for t, name in ((cache_batch_idx, "cache_batch_idx"), (cache_leftpad, "cache_leftpad")):
         checks.check_ints(t, name, (batch,))
-    checks.check_between(cache_batch_idx, "cache_batch_idx", 0, k_cache.shape[0] - 1)
-    checks.check_between(block_table, "block_table", 0, k_cache.shape[0] - 1)
     checks.check_ints(block_table, "block_table", (batch, -1))
     if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
         raise InvalidArgument("block_table goes with neither cache_batch_idx nor cache_leftpad")
+    if cache_batch_idx is None and block_table is None and k_cache.shape[0] < batch:
+        raise InvalidArgument(f"the cache has {k_cache.shape[0]} slots for {batch} rows of q")
     if (k is None) != (v is None):
         raise InvalidArgument("new tokens need both k and v")
     if k is None and (rotary_cos is not None or rotary_sin is not None):
         raise InvalidArgument("rotary_cos and rotary_sin go with new tokens, k and v")
     if k is not None and cache_seqlens is None:
         raise InvalidArgument("new tokens need cache_seqlens, which says where they go")
-
-    rows = Rows(
-        k_cache,
-        v_cache,
-        _lengths(cache_seqlens, q, k_cache, block_table),
-        cache_batch_idx,
-        block_table,
-        cache_leftpad,
-    )
-    if rows.slots is None and block_table is None and k_cache.shape[0] < batch:
-        raise InvalidArgument(f"the cache has {k_cache.shape[0]} slots for {batch} rows of q")
+    new = None
     if k is not None and v is not None:
         checks.check_qkv(q, k, v, n_dims=4)
         if k.shape[0] != batch or k.shape[2] != k_cache.shape[2]:
@@ -375,17 +343,14 @@ def flash_attn_with_kvcache(
                 f"k and v must be [{batch}, new tokens, {k_cache.shape[2]}, {q.shape[-1]}], not "
                 f"{tuple(k.shape)}"
             )
-        begin, n_new = rows.lengths, k.shape[1]
-        begins = begin.tolist()
-        checks.check_rotary(rotary_cos, rotary_sin, q, max(begins, default=0) + n_new)
-        rows.check_writable(begins, n_new)
-        if rotary_cos is not None and rotary_sin is not None:
-            turn = (rotary_cos, rotary_sin, begin)
-            k = rotate_keys(k, *turn, interleaved=rotary_interleaved)
-            q = rotate_queries(q, *turn, score, interleaved=rotary_interleaved)
-        rows.append(k, v, begin)
-        rows = rows.grown(n_new)
-    out, lse = attend_rows(q, rows, score, with_lse=return_softmax_lse)
+        checks.check_rotary(rotary_cos, rotary_sin, q)
+        new = NewTokens(k, v, rotary_cos, rotary_sin, rotary_interleaved)
+
+    if cache_seqlens is None:
+        cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    lengths = _lengths(cache_seqlens, q)
+    rows = Rows(k_cache, v_cache, lengths, cache_batch_idx, block_table, cache_leftpad)
+    out, lse = operators.attend(q, rows, new, score, with_lse=return_softmax_lse)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -405,19 +370,11 @@ def _score(
     return Score(scale, Band.of(causal, window_size), softcap, alibi_slopes)
 
 
-def _lengths(
-    cache_seqlens: int | torch.Tensor | None,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    block_table: torch.Tensor | None,
-) -> torch.Tensor:
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if not isinstance(cache_seqlens, torch.Tensor):
-        n = capacity if cache_seqlens is None else int(cache_seqlens)
-        cache_seqlens = torch.full((q.shape[0],), n, dtype=torch.int32, device=q.device)
-    checks.check_ints(cache_seqlens, "cache_seqlens", (q.shape[0],))
-    checks.check_between(cache_seqlens, "cache_seqlens", 0, capacity)
-    return cache_seqlens
+def _lengths(given: int | torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    if not isinstance(given, torch.Tensor):
+        return torch.full((q.shape[0],), int(given), dtype=torch.int32, device=q.device)
+    checks.check_ints(given, "cache_seqlens", (q.shape[0],))
+    return given
 
 
 def _unpacked(t: torch.Tensor, name: str, n: int, *, n_dims: int) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""`flash_attn_with_kvcache` without flash-attn: rotate, attend, all rows at once or one by one.
+"""`flash_attn_with_kvcache` without flash-attn: append, rotate, attend.
 
 A few queries over keys in host memory are the native kernel's; longer queries, which compute more
 than they read, and other devices are torch's.
@@ -11,7 +11,25 @@ import torch
 from flash_compat import native
 from flash_compat.dense import Score, attend
 from flash_compat.rotary import rotate
-from flash_compat.rows import Rows
+from flash_compat.rows import NewTokens, Rows
+
+
+def append_and_attend(
+    q: torch.Tensor, rows: Rows, new: NewTokens | None, score: Score, *, with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Write new tokens behind each row's length, and attend to all; or raise before writing."""
+    rows.check()
+    if new is not None:
+        rows.check_appendable(new)
+        k = new.k
+        if new.cos is not None and new.sin is not None:
+            k = _rotate_keys(k, new.cos, new.sin, rows.lengths, interleaved=new.interleaved)
+            q = _rotate_queries(
+                q, new.cos, new.sin, rows.lengths, score, interleaved=new.interleaved
+            )
+        rows.append(k, new.v)
+        rows = rows.grown(k.shape[1])
+    return attend_rows(q, rows, score, with_lse=with_lse)
 
 
 def attend_rows(
@@ -20,13 +38,12 @@ def attend_rows(
     """Return the attention of ``q [batch, queries, heads, dim]``, each row over its own keys."""
     if rows.leftpad is None and native.can_decode(q, rows.k, rows.v):
         return _decode(q, rows, score, with_lse=with_lse)
-    return attend_dense(q, rows, score, with_lse=with_lse)
+    return _attend_dense(q, rows, score, with_lse=with_lse)
 
 
-def attend_dense(
+def _attend_dense(
     q: torch.Tensor, rows: Rows, score: Score, *, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `attend_rows`, by torch's operators alone; gradients flow through them."""
     lengths = rows.lengths.tolist()
     begins = [0] * len(lengths) if rows.leftpad is None else rows.leftpad.tolist()
     is_even = rows.slots is None and rows.block_table is None and rows.leftpad is None
@@ -71,7 +88,7 @@ def _decode(
     return out, None if lse is None else lse.masked_fill_(lse == -torch.inf, torch.inf)
 
 
-def rotate_queries(
+def _rotate_queries(
     q: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -90,7 +107,7 @@ def rotate_queries(
     return rotate(q, cos, sin, begin.long()[:, None] + offsets, interleaved=interleaved)
 
 
-def rotate_keys(
+def _rotate_keys(
     k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, begin: torch.Tensor, *, interleaved: bool
 ) -> torch.Tensor:
     """Rotate new keys from each row's `begin` on."""

@@ -33,9 +33,13 @@ def levels() -> list[str]:
 
 
 def can_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether `decode` takes tensors of these devices, dtypes, shapes and strides."""
+    """Whether `decode` takes tensors of these devices, dtypes, shapes and strides.
+
+    It computes no gradients.
+    """
     return (
-        all(x.device.type == "cpu" and x.stride(-1) == 1 and x.dim() == 4 for x in (q, k, v))
+        not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+        and all(x.device.type == "cpu" and x.stride(-1) == 1 and x.dim() == 4 for x in (q, k, v))
         and q.dtype in _QUERY_DTYPES
         and (k.dtype == q.dtype or (k.dtype in _ELEMENTS and k.dtype.itemsize == 1))
         and k.dtype == v.dtype

@@ -7,14 +7,26 @@ from dataclasses import dataclass, replace
 import torch
 
 import kvspan
+from flash_compat import checks
 from kvspan import InvalidArgument
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """What is appended: keys and values ``[batch, new, kv_heads, dim]``, and how to turn them."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    cos: torch.Tensor | None = None  # [positions, rotary_dim / 2]
+    sin: torch.Tensor | None = None
+    interleaved: bool = True
 
 
 @dataclass(frozen=True)
 class Rows:
     """Keys and values of a batch in a cache, contiguous by slot or through a block table.
 
-    ``lengths`` counts each row's keys from position 0 of the cache, new ones included.
+    ``lengths`` counts each row's keys from position 0 of the cache.
     """
 
     k: torch.Tensor  # [slots, positions, kv_heads, dim], or [blocks, block_size, kv_heads, dim]
@@ -35,32 +47,49 @@ class Rows:
         """Return the same rows, each longer by so many tokens."""
         return replace(self, lengths=self.lengths + n_new)
 
-    def check_writable(self, begin: list[int], n_new: int) -> None:
-        """Raise InvalidArgument unless every row has `n_new` positions from its `begin` on.
+    def check(self) -> None:
+        """Raise InvalidArgument unless lengths, slots and blocks are all there."""
+        checks.check_between(self.lengths.tolist(), "cache_seqlens", 0, self.capacity)
+        last = self.k.shape[0] - 1
+        if self.slots is not None:
+            checks.check_between(self.slots.tolist(), "cache_batch_idx", 0, last)
+        if self.block_table is not None and self.block_table.numel() > 0:
+            ends = [int(n) for n in torch.aminmax(self.block_table)]
+            checks.check_between(ends, "block_table", 0, last)
 
-        A row of a kvspan cache has those that its sequence was extended to: writing behind them
-        would trap, or hit what is mapped for somebody else.
+    def check_appendable(self, new: NewTokens) -> None:
+        """Raise InvalidArgument unless every row has room for the new tokens behind its length.
+
+        A row of a kvspan cache has those positions that its sequence was extended to: writing
+        behind them would trap, or hit what is mapped for somebody else.
         """
-        most = [self.capacity] * len(begin)
-        what = "positions of the cache"
-        extended = kvspan.writable_positions(self.k) if self.block_table is None else None
-        if extended is not None:
-            slots = range(len(begin)) if self.slots is None else self.slots.tolist()
-            most = [extended[slot] for slot in slots]
+        n_new = new.k.shape[1]
+        begins = self.lengths.tolist()
+        slots = range(len(begins)) if self.slots is None else self.slots.tolist()
+        most = None if self.block_table is not None else kvspan.writable_positions(self.k, slots)
+        if most is None:
+            most, what = [self.capacity] * len(begins), "positions of the cache"
+        else:
             what = "tokens of the sequence: extend it, or step() its batch, before the call"
-        for row, (at, has) in enumerate(zip(begin, most, strict=True)):
-            if at < 0 or at + n_new > has:
+        for row, (begin, has) in enumerate(zip(begins, most, strict=True)):
+            if begin + n_new > has:
                 raise InvalidArgument(
-                    f"row {row} has no room for {n_new} new tokens from position {at} on: it has "
-                    f"{has} {what}"
+                    f"row {row} has no room for {n_new} new tokens from position {begin} on: it "
+                    f"has {has} {what}"
                 )
+        if new.cos is not None and new.cos.shape[0] < max(begins, default=0) + n_new:
+            raise InvalidArgument(
+                f"rotary_cos has {new.cos.shape[0]} positions, and new tokens reach position "
+                f"{max(begins) + n_new - 1}"
+            )
 
-    def append(self, k_new: torch.Tensor, v_new: torch.Tensor, begin: torch.Tensor) -> None:
-        """Write new tokens ``[batch, tokens, kv_heads, dim]`` from each row's `begin` on."""
+    def append(self, k_new: torch.Tensor, v_new: torch.Tensor) -> None:
+        """Write new tokens ``[batch, tokens, kv_heads, dim]`` behind each row's length."""
         batch, n_new = k_new.shape[:2]
-        positions = begin.long()[:, None] + torch.arange(n_new, device=begin.device)
+        device = self.lengths.device
+        positions = self.lengths.long()[:, None] + torch.arange(n_new, device=device)
         if self.block_table is None:
-            rows = torch.arange(batch, device=begin.device) if self.slots is None else self.slots
+            rows = torch.arange(batch, device=device) if self.slots is None else self.slots
             place = (rows.long()[:, None].expand_as(positions), positions)
         else:
             block_size = self.k.shape[1]

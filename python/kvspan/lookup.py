@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +26,8 @@ def forget(plane: torch.Tensor) -> None:
     _caches.pop(plane.untyped_storage().data_ptr(), None)
 
 
-def writable_positions(tensor: torch.Tensor) -> list[int] | None:
-    """Return how many positions of each row of a cache's tensor may be written.
+def writable_positions(tensor: torch.Tensor, rows: Sequence[int] | None = None) -> list[int] | None:
+    """Return how many positions of rows of a cache's tensor may be written.
 
     That is the length of the sequence in the row's slot, less what the tensor leaves out at the
     front, and 0 where there is no sequence: memory behind it may be there, but nobody promises it.
@@ -35,11 +36,13 @@ def writable_positions(tensor: torch.Tensor) -> list[int] | None:
     ----------
     tensor
         What `KVCache.layer` or `Batch.layer` returned, or a slice of its slots or positions.
+    rows
+        Which of its rows; all by default.
 
     Returns
     -------
     list of int, or None
-        One a row; None if the tensor shows no open cache of kvspan.
+        One for each of these rows; None if the tensor shows no open cache of kvspan.
     """
     base = tensor.untyped_storage().data_ptr()
     cache = _caches.get(base)
@@ -49,7 +52,6 @@ def writable_positions(tensor: torch.Tensor) -> list[int] | None:
     slot_stride, position_stride = tensor.stride(0), tensor.stride(1)
     first, rest = divmod((tensor.data_ptr() - base) // tensor.element_size(), slot_stride)
     skipped = rest // position_stride
-    return [
-        max(0, min(length - skipped, tensor.shape[1]))
-        for length in lengths[first : first + tensor.shape[0]]
-    ]
+    n_positions = tensor.shape[1]
+    asked = range(tensor.shape[0]) if rows is None else rows
+    return [max(0, min(lengths[first + row] - skipped, n_positions)) for row in asked]

@@ -315,6 +315,7 @@ def test_writable_positions() -> None:
     expected = [at.get(slot, 0) for slot in range(5)]
     assert kvspan.writable_positions(cached.k) == expected
     assert kvspan.writable_positions(cached.v[1:3]) == expected[1:3]
+    assert kvspan.writable_positions(cached.v, [2, 0]) == [expected[2], expected[0]]
     assert kvspan.writable_positions(cached.k[:, 10:24]) == [
         min(14, max(0, n - 10)) for n in expected
     ]
