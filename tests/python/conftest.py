@@ -50,5 +50,6 @@ def cache(pool: kvspan.Pool) -> Iterator[kvspan.KVCache]:
         dtype=torch.float32,
         max_seqs=8,
         max_seq_len=1000,
+        layers_per_page=2,
     ) as made:
         yield made

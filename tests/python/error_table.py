@@ -287,7 +287,7 @@ OF_A_HOST: list[Case] = [
         "the host has no streams; leave stream out, instead",
     ),
     (
-        "cache_of(max_seqs=1000, max_seq_len=1 << 30)",
+        "cache_of(max_seqs=1000, max_seq_len=1 << 28)",
         CapacityError,
         "cannot reserve ... TiB: the address space has no such range left; use fewer slots or posi",
     ),
@@ -306,7 +306,7 @@ OF_A_GPU: list[Case] = [
         "stream must be a torch.cuda.Stream, an object with __cuda_stream__, a stream's handle or",
     ),
     (
-        "cache_of(max_seqs=1000, max_seq_len=1 << 30)",
+        "cache_of(max_seqs=1000, max_seq_len=1 << 28)",
         CapacityError,
         "the driver has no address space left for ...iB: lower max_seqs or max_seq_len",
     ),

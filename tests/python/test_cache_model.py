@@ -353,7 +353,13 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 # Records of 1,280 B, and of 384 B a layer, where pages are of 64 KiB.
-STRADDLING = {"n_layers": 2, "n_kv_heads": 5, "head_dim": 16 * SCALE, "dtype": torch.float32}
+STRADDLING = {
+    "n_layers": 2,
+    "n_kv_heads": 5,
+    "head_dim": 16 * SCALE,
+    "dtype": torch.float32,
+    "layers_per_page": 2,
+}
 LAYERS = {"n_layers": 4, "n_kv_heads": 3, "head_dim": 32 * SCALE, "dtype": torch.bfloat16}
 HYBRID = {
     "layers": [

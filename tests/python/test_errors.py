@@ -39,7 +39,8 @@ def pool_of(**options: Any) -> Pool:
 
 def cache_of(pool: Pool, **options: Any) -> KVCache:
     shape = {"n_layers": 4, "n_kv_heads": 5, "head_dim": 8 * SCALE, "dtype": torch.float32}
-    return KVCache(pool, **{**shape, "max_seqs": 4, "max_seq_len": 1000, **options})
+    sizes = {"max_seqs": 4, "max_seq_len": 1000, "layers_per_page": shape["n_layers"]}
+    return KVCache(pool, **{**shape, **sizes, **options})
 
 
 def layers_of(pool: Pool, layers: Any) -> KVCache:

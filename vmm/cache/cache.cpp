@@ -60,8 +60,9 @@ Cache::Cache(std::shared_ptr<FrameStore> store, const CacheOptions& options)
       keep_(options.keep),
       lists_(static_cast<std::size_t>(std::max(options.max_seqs, 0))) {
   check_usable();
-  Layout layout(options.layers, {options.max_seq_len, store_->page_size(), options.layers_per_page,
-                                 options.split_planes});
+  Layout layout(options.layers,
+                {options.max_seq_len, store_->page_size(), options.layers_per_page,
+                 options.split_planes, store_->backend().traits().kind == DeviceKind::cpu});
   space_ = std::make_shared<Space>(store_, std::move(layout),
                                    space_options(options, store_->backend().traits()));
   slots_.resize(static_cast<std::size_t>(options.max_seqs));

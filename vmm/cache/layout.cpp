@@ -1,6 +1,7 @@
 #include "cache/layout.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 #include "core/errors.hpp"
@@ -20,12 +21,12 @@ constexpr std::uint64_t kMaxOffset = std::uint64_t{1} << 31;
 // What "typical" means for the automatic choice: a request of this length.
 constexpr Tokens kTypicalLength{1024};
 
-// What a longer stride costs, in the currency of waste. `bench/run.py layout` measures 8 to 25% of
-// attention's time on one thread, 1 to 20% on two, when all layers share a page instead of one,
-// most of it already at a few layers. One layer a page would waste a fifth of the memory, and
-// memory decides how many requests run at all: so waste alone chooses, until a device shows a
-// higher price.
-constexpr double kStridePenalty = 0.0;
+// What it costs, in parts of attention's time, that a layer's records do not follow each other
+// without gaps: a stream of memory that breaks off loses what the processor fetched ahead of it.
+// `bench/run.py layout`: with 2 or more layers a page a decode step takes 1.35 times as long where
+// a record has 512 bytes, 1.2 to 1.4 at 768, 1.1 to 1.25 at 1.5 KiB, 1.13 to 1.2 at 4 KiB, 1.0
+// to 1.15 at 8 KiB, whatever their number. Prefilling costs the same in all layouts.
+double price_of_gaps(double record_bytes) { return 8 / std::sqrt(record_bytes); }
 
 // Half a page a lane is unused on average.
 double expected_waste(const std::vector<Lane>& lanes, Bytes page_size) {
@@ -158,8 +159,7 @@ Layout::Layout(const std::vector<LayerSpec>& layers, const LayoutOptions& option
 
   struct Choice {
     std::int32_t layers_per_page = 0;
-    double waste = 0;
-    double cost = 0;
+    double waste = 0, price = 0;
   };
   std::optional<Choice> best;
   std::int32_t too_long = 0;
@@ -170,8 +170,10 @@ Layout::Layout(const std::vector<LayerSpec>& layers, const LayoutOptions& option
       continue;
     }
     const double waste = expected_waste(lanes_, options.page_size);
-    const double cost = waste + kStridePenalty * g;
-    if (!best || cost < best->cost) best = Choice{g, waste, cost};
+    const double record_bytes =
+        static_cast<double>(bytes_per_token().value) / static_cast<double>(layers.size());
+    const double price = g > 1 && options.gaps_cost_time ? price_of_gaps(record_bytes) : 0.0;
+    if (!best || waste + price < best->waste + best->price) best = Choice{g, waste, price};
   }
   if (!best) {
     // Not even one layer a page keeps the offsets short: take that, and say so.
@@ -184,6 +186,9 @@ Layout::Layout(const std::vector<LayerSpec>& layers, const LayoutOptions& option
   explanation_ = "auto: least expected waste, " + percent(best->waste) + " at " +
                  std::to_string(kTypicalLength.value) + " tokens in pages of " +
                  to_string(options.page_size);
+  if (options.gaps_cost_time) {
+    explanation_ += ", and time, " + percent(best->price) + " of attention's for reading with gaps";
+  }
   if (too_long != 0) {
     explanation_ += "; " + std::to_string(too_long) +
                     " layers per page would put offsets in a slot beyond 2^31";

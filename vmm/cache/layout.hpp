@@ -45,6 +45,7 @@ struct LayoutOptions {
   Bytes page_size;
   std::int32_t layers_per_page = 0;  // 0: automatic
   bool split_planes = false;         // each plane in a lane of its own, as K and V in vAttention
+  bool gaps_cost_time = false;       // whether kernels were measured to read slower across gaps
 };
 
 // Where a plane is found in its lane.

@@ -18,7 +18,7 @@ inline constexpr Bytes kTestPage = kKiB * 64;
 struct RigOptions {
   std::uint32_t n_pages = 64;
   std::uint8_t largest_class = 0;
-  std::int32_t layers_per_page = 0;
+  std::int32_t layers_per_page = 2;
   std::int32_t max_seqs = 8;
   std::optional<Bytes> keep{};
   Scrub scrub = Scrub::cross;

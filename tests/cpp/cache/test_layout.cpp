@@ -16,7 +16,7 @@ LayerSpec layer(std::int64_t heads, std::int64_t dim, DType dtype,
 const std::vector<LayerSpec> kLlama(32, layer(8, 128, DType::bf16));
 
 LayoutOptions options(std::int32_t layers_per_page = 0, std::int64_t max_seq_len = 16384) {
-  return {Tokens(max_seq_len), kMiB * 2, layers_per_page, false};
+  return {Tokens(max_seq_len), kMiB * 2, layers_per_page};
 }
 
 }  // namespace
@@ -87,6 +87,21 @@ BOOST_AUTO_TEST_CASE(the_automatic_choice_wastes_least_within_32_bits) {
   BOOST_TEST(!Layout(kLlama, options(16, 131072)).offset_warning().empty());
   // Where nothing is short enough, one layer a page, and a warning.
   BOOST_TEST(!Layout(kLlama, options(0, 2'000'000)).offset_warning().empty());
+}
+
+BOOST_AUTO_TEST_CASE(the_automatic_choice_weighs_gaps_where_they_cost_time) {
+  const std::vector<LayerSpec> long_records(32, layer(32, 128, DType::f32));
+  LayoutOptions weighed = options(0, 4096);
+  weighed.gaps_cost_time = true;
+  // 32 KiB a token: a layer's pages fill soon, and memory is not worth the time.
+  BOOST_TEST(Layout(long_records, options(0, 4096)).layers_per_page() == 32);
+  const Layout one(long_records, weighed);
+  BOOST_TEST(one.layers_per_page() == 1);
+  BOOST_TEST(one.explanation().find("time, 0.0%") != std::string::npos);
+  // 4 KiB a token: it is.
+  const Layout all(kLlama, weighed);
+  BOOST_TEST(all.layers_per_page() == 32);
+  BOOST_TEST(all.explanation().find("time, 12.5%") != std::string::npos);
 }
 
 BOOST_AUTO_TEST_SUITE_END()
