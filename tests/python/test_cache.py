@@ -170,7 +170,7 @@ def test_repr_says_what_is_there(cache: KVCache) -> None:
     sequence.extend(100)
     assert repr(cache).startswith(
         f"<kvspan.KVCache: 1 of 8 slots of 1000 positions, {size_text(2 * PAGE * 125 // 128)} used "
-        f"of {size_text(2 * PAGE)} mapped; 2 of 2 layers per page, 1 lane, 51.2 tokens a page (as asked"
+        f"of {size_text(2 * PAGE)} mapped; 2 of 2 layers per page, 1 lane, 51.2 tokens a page (as "
     )
     with cache:
         pass
