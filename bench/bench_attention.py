@@ -14,11 +14,11 @@ from dataclasses import replace
 
 import torch
 
+import plots
 from decode_attention import (
     LLAMA,
     SMOLLM2,
     Shape,
-    add_arguments,
     attend,
     batches,
     dense,
@@ -29,10 +29,9 @@ from decode_attention import (
     span_layers,
     speed,
 )
+from decode_attention import add_arguments as add_common_arguments
 from harness import BenchError, Expectation, Result, Series, interleave
 from machine import machine
-
-__all__ = ["NAME", "add_arguments", "run"]
 
 NAME = "attention"
 SHAPES = (
@@ -72,10 +71,17 @@ def measure(shape: Shape, repeats: int) -> dict[str, Series]:
     return series
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the sizes."""
+    add_common_arguments(parser)
+    plots.add_argument(parser)
+
+
 def run(args: argparse.Namespace) -> Result:
     """Measure."""
     torch.set_num_threads(args.threads)
     result = Result({}, parameters={"threads": args.threads, "placements": args.placements})
+    groups: dict[str, dict[str, float]] = {}
     for given in SHAPES:
         row_bytes = given.bytes_read // given.rows
         rows = 1 if args.quick else -(-TIMES_CACHE * last_level_cache() // row_bytes)
@@ -89,12 +95,14 @@ def run(args: argparse.Namespace) -> Result:
         of_span, of_again = speed(series["span"], plain), speed(series["plain again"], plain)
         result.measurements[f"{shape.name}: speed of span"] = of_span
         result.measurements[f"{shape.name}: speed of plain again"] = of_again
-        rates = ", ".join(
-            f"{name} {shape.bytes_read / one.median / 1e9:.1f}" for name, one in series.items()
-        )
-        result.notes.append(f"{shape.name}, {shape.bytes_read >> 20} MiB a pass, GB/s: {rates}")
+        rates = {name: shape.bytes_read / one.median / 1e9 for name, one in series.items()}
+        groups[shape.name] = rates
+        shown = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
+        result.notes.append(f"{shape.name}, {shape.bytes_read >> 20} MiB a pass, GB/s: {shown}")
         if not args.quick:
             result.expectations.append(
                 Expectation(f"{shape.name}: speed over plain memory", of_span.median, 0.97, True)
             )
+    if args.plot is not None:
+        plots.bars(args.plot, "Attention by torch's SDPA", "GB/s of KV read", {"": groups})
     return result

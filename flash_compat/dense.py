@@ -77,6 +77,8 @@ def _with_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score) 
                 is_causal=True,
                 enable_gqa=n_heads != n_kv_heads,
             ).transpose(1, 2)
+            if unseeing == 0:
+                return square
             return torch.nn.functional.pad(square, (0, 0, 0, 0, unseeing, 0))
     first, last = band.keys(n_queries, n_keys)
     if first >= last:

@@ -7,56 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from reference import assert_close, attention
+from cached import Cached
+from options import OPTIONS, check, keywords, slopes_of
+from reference import attention
 
 import flash_compat
 import kvspan
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "causal": {"causal": True},
-    "left window": {"window_size": (7, -1)},
-    "causal window": {"causal": True, "window_size": (5, 3)},
-    "both windows": {"window_size": (4, 6)},
-    "softcap": {"softcap": 3.0},
-    "alibi": {"alibi": True},
-    "causal alibi": {"causal": True, "alibi": True},
-    "scale": {"softmax_scale": 0.3},
-    "all": {"causal": True, "window_size": (9, 0), "softcap": 5.0, "alibi": True},
-}
-
-
-def check(
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    option: dict[str, Any],
-    slopes: torch.Tensor | None,
-) -> None:
-    """One row: ``[queries, heads, dim]`` over its own keys."""
-    wanted = {
-        "causal": option.get("causal", False),
-        "window": option.get("window_size", (-1, -1)),
-        "softcap": option.get("softcap", 0.0),
-        "scale": option.get("softmax_scale"),
-        "slopes": slopes,
-    }
-    exact, exact_lse = attention(q, k, v, **wanted)
-    same, _ = attention(q, k, v, **wanted, dtype=q.dtype)
-    assert_close(out, exact, same)
-    if lse is not None:
-        torch.testing.assert_close(lse.double(), exact_lse, atol=2e-2, rtol=2e-2)
-
-
-def keywords(option: dict[str, Any], slopes: torch.Tensor | None) -> dict[str, Any]:
-    given = {key: value for key, value in option.items() if key != "alibi"}
-    return {**given, "alibi_slopes": slopes}
-
-
-def slopes_of(option: dict[str, Any], *shape: int) -> torch.Tensor | None:
-    return torch.rand(*shape) * 0.5 if option.get("alibi") else None
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -142,35 +98,6 @@ def test_packed_variants_are_the_same() -> None:
         q.flatten(0, 1), qkv.flatten(0, 1)[:, 1:], at, at, 9, 9, causal=True
     )
     torch.testing.assert_close(flat.reshape(expected.shape), expected)
-
-
-class Cached:
-    """Rows of a kvspan cache (or a plain one), poisoned past every length, and what is in them."""
-
-    def __init__(
-        self, lengths: list[int], dtype: torch.dtype = torch.float32, layers_per_page: int = 2
-    ) -> None:
-        self.lengths = lengths
-        self.pool = kvspan.Pool(capacity="64MiB", page_size="64KiB")
-        self.cache = kvspan.KVCache(
-            self.pool, 2, 2, 32, dtype, max_seqs=len(lengths) + 3, max_seq_len=512,
-            layers_per_page=layers_per_page,
-        )  # fmt: skip
-        spare = self.cache.sequence()  # so that slots are not 0, 1, 2
-        self.sequences = [self.cache.sequence() for _ in lengths][::-1]
-        spare.release()
-        self.k, self.v = self.cache.layer(1)
-        for sequence, n in zip(self.sequences, lengths, strict=True):
-            sequence.extend(n + 8)
-            for plane in (self.k, self.v):
-                plane[sequence.slot, :n] = torch.randn(n, 2, 32).to(dtype)
-                plane[sequence.slot, n : n + 8] = torch.nan  # mapped, and none of anybody's
-        self.batch = self.cache.batch(self.sequences)
-        self.seqlens = torch.tensor(lengths, dtype=torch.int32)
-
-    def row(self, i: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        slot = self.sequences[i].slot
-        return self.k[slot, :n].clone(), self.v[slot, :n].clone()
 
 
 @pytest.mark.parametrize("name", OPTIONS)
