@@ -21,7 +21,7 @@ from kvspan.layers import LayerSpec, Plane
 from kvspan.lookup import writable_positions
 from kvspan.pool import Pool
 from kvspan.sequence import Sequence
-from kvspan.stats import CacheStats, CallCount, PageMapEntry, PoolStats
+from kvspan.stats import CacheStats, CallCount, PageMapEntry, PoolStats, PrefixStats
 
 __version__ = version("kvspan")
 
@@ -41,6 +41,7 @@ __all__ = [
     "Plane",
     "Pool",
     "PoolStats",
+    "PrefixStats",
     "ReleasedError",
     "Sequence",
     "__version__",

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from kvspan.errors import InvalidArgument
+
+TokenIds = Sequence[int] | torch.Tensor
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -47,6 +52,27 @@ def tokens(value: Any, name: str) -> int:
     if not -(1 << 62) < n < 1 << 62:
         raise InvalidArgument(f"{name} is out of range (lengths are int32, at most 2^31 - 1): {n}")
     return n
+
+
+def int32_ids(value: TokenIds) -> torch.Tensor:
+    """Return token ids as a contiguous int32 tensor on the CPU."""
+    try:
+        wide = torch.as_tensor(value)
+        if wide.numel() == 0:
+            wide = wide.to(torch.int32)
+        if wide.is_floating_point() or wide.is_complex() or wide.dtype == torch.bool:
+            raise TypeError
+        if wide.dim() != 1:
+            raise ValueError
+    except (TypeError, ValueError, RuntimeError):
+        shown = f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise InvalidArgument(
+            f"token_ids must be integers, a list or a tensor of one dimension, not {shown[:60]}"
+        ) from None
+    ids = wide.to(device="cpu", dtype=torch.int32).contiguous()
+    if wide.dtype == torch.int64 and not torch.equal(ids.long(), wide.cpu()):
+        raise InvalidArgument("token_ids must fit int32")
+    return ids
 
 
 def choice(value: str, name: str, allowed: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvspan import _native
-from kvspan._check import choice, integer, size_bytes, size_text, tokens
+from kvspan._check import TokenIds, choice, int32_ids, integer, size_bytes, size_text, tokens
 from kvspan._stream import stream_handle
 from kvspan.batch import Batch
 from kvspan.errors import InvalidArgument, ReleasedError
@@ -18,7 +18,7 @@ from kvspan.layers import LayerSpec
 from kvspan.lookup import forget, remember
 from kvspan.pool import Pool
 from kvspan.sequence import Sequence
-from kvspan.stats import CacheStats, PageMapEntry, call_counts
+from kvspan.stats import CacheStats, PageMapEntry, PrefixStats, call_counts
 
 
 class KVCache:
@@ -170,24 +170,71 @@ class KVCache:
             )
         return self._native.plane_view(i, p)
 
-    def sequence(self, n_tokens: int = 0, *, stream: Any = None) -> Sequence:
-        """Take a slot for a new, empty sequence.
+    def sequence(
+        self,
+        n_tokens: int = 0,
+        *,
+        token_ids: TokenIds | None = None,
+        salt: str = "",
+        stream: Any = None,
+    ) -> Sequence:
+        """Take a slot for a new sequence: an empty one, or one that begins with known tokens.
 
         Parameters
         ----------
         n_tokens
             How long it is likely to get: the free slot whose pages fit best is taken. Only a hint.
+        token_ids
+            The prompt: ints, or an integer tensor. The sequence begins with the longest part of it
+            that sequences of the same salt have committed (`Sequence.commit`), to the token: whole
+            pages are shared, the rest of the last one is copied. Its `length` says how many tokens
+            that saves; it is at most one less than there are, for the last one's output is wanted.
+        salt
+            Sequences of different salts share nothing: a tenant, an adapter, an image's hash.
         stream
             On a GPU: where the sequence is worked on. What is queued there from now on comes after
             the work of the slot's last sequence. See `Sequence`.
 
         Raises
         ------
+        InvalidArgument
+            `token_ids` are not integers of 32 bits.
         CapacityError
             All slots are taken.
+        OutOfMemory
+            There is no frame for the copied page. Nothing has changed.
         """
-        return Sequence(
-            self, self._native.sequence(tokens(n_tokens, "n_tokens"), self._stream(stream))
+        n = tokens(n_tokens, "n_tokens")
+        if not isinstance(salt, str):
+            raise InvalidArgument(f"salt must be a string, not {salt!r}")
+        ids = int32_ids(() if token_ids is None else token_ids)
+        native = self._native.sequence_of(ids.data_ptr(), len(ids), salt, n, self._stream(stream))
+        return Sequence(self, native)
+
+    def reorder(
+        self, sequences: Items[Sequence], parents: Items[int], *, stream: Any = None
+    ) -> None:
+        """Let sequence i become what sequence ``parents[i]`` was: a step of beam search.
+
+        Slots and objects stay; pages are remapped. Of a parent that is named several times whole
+        pages are shared and the partly filled last one is copied, so all may go on writing; one
+        that nobody names is gone. On a GPU this waits for the stream.
+
+        Raises
+        ------
+        InvalidArgument
+            No parent for each sequence, one that there is not, or a sequence twice or of another
+            cache.
+        OutOfMemory
+            There is no frame for the copied pages. Nothing has changed.
+        """
+        for sequence in sequences:
+            if not isinstance(sequence, Sequence):
+                raise InvalidArgument(f"reorder takes sequences, not {sequence!r}")
+        self._native.reorder(
+            [sequence._native for sequence in sequences],
+            [integer(parent, "a parent", 0) for parent in parents],
+            self._stream(stream),
         )
 
     def batch(self, rows: int | Items[Sequence], *, stream: Any = None) -> Batch:
@@ -234,7 +281,8 @@ class KVCache:
         f = self._native.figures()
         calls = call_counts(f)
         del f["calls"]
-        return CacheStats(**f, calls=calls)
+        prefixes = PrefixStats(**f.pop("prefixes"))
+        return CacheStats(**f, prefixes=prefixes, calls=calls)
 
     def page_map(self) -> list[PageMapEntry]:
         """Return every mapped page, ordered by slot, lane and page."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from kvspan import _native
-from kvspan._check import tokens
+from kvspan._check import TokenIds, int32_ids, integer, tokens
 from kvspan.errors import ReleasedError
 
 if TYPE_CHECKING:
@@ -69,19 +69,72 @@ class Sequence:
         """
         self._native.drop_before(tokens(position, "position"), self._cache._stream(stream))
 
-    def fork(self, *, stream: Any = None) -> Sequence:
-        """Return a new sequence with the same tokens.
+    @overload
+    def fork(self, n: None = ..., *, length: int | None = ..., stream: Any = ...) -> Sequence: ...
+    @overload
+    def fork(self, n: int, *, length: int | None = ..., stream: Any = ...) -> list[Sequence]: ...
+    def fork(
+        self, n: int | None = None, *, length: int | None = None, stream: Any = None
+    ) -> Sequence | list[Sequence]:
+        """Return a new sequence that begins with the same tokens, or `n` of them in a list.
 
-        Whole pages are shared; the partly filled last page is copied, so either may go on writing.
+        Whole pages are shared; the partly filled last page is copied, ordered after what is queued
+        on the stream, so all may go on writing.
+
+        Parameters
+        ----------
+        n
+            How many. None: one, not in a list.
+        length
+            How many of the tokens they begin with; by default all.
 
         Raises
         ------
+        InvalidArgument
+            `n` is less than 1, or `length` is not between 0 (or what was dropped) and the present
+            one.
         CapacityError
-            No slot is free.
+            Not so many slots are free.
         OutOfMemory
-            There is no frame for the copied page. Nothing has changed.
+            There is no frame for the copied pages. Nothing has changed.
         """
-        return Sequence(self._cache, self._native.fork(self._cache._stream(stream)))
+        children = self._native.fork(
+            1 if n is None else integer(n, "n", 1),
+            None if length is None else tokens(length, "length"),
+            self._cache._stream(stream),
+        )
+        made = [Sequence(self._cache, child) for child in children]
+        return made[0] if n is None else made
+
+    def commit(self, token_ids: TokenIds, *, merge: bool | None = None, stream: Any = None) -> int:
+        """Let other sequences begin with these tokens: the full pages of `token_ids`.
+
+        Call it when the keys and values of so many first tokens have been written, or are queued on
+        the stream to be. `KVCache.sequence` with ``token_ids`` finds them from then on, also when
+        this sequence is gone, until memory runs short. The pages must not be written any more;
+        growing after a `truncate` into one copies it first.
+
+        Parameters
+        ----------
+        token_ids
+            All of the sequence's tokens from the first on, or fewer: ints, or an integer tensor.
+        merge
+            Whether pages that were known already take the place of this sequence's own, which are
+            then free. On a GPU that waits for the stream, and is only done when asked for.
+
+        Returns
+        -------
+        int
+            How many tokens others can begin with now: those in full pages.
+
+        Raises
+        ------
+        InvalidArgument
+            More tokens than the sequence has, or ids that are not integers of 32 bits.
+        """
+        ids = int32_ids(token_ids)
+        merges = self._cache.pool.device == "cpu" if merge is None else merge
+        return self._native.commit(ids.data_ptr(), len(ids), merges, self._cache._stream(stream))
 
     def release(self, *, stream: Any = None) -> None:
         """Free the slot. Does nothing the second time.

@@ -48,15 +48,28 @@ class PoolStats:
 
 
 @dataclass(frozen=True)
+class PrefixStats:
+    """What a cache's prefix index did: lookups, tokens that they saved, pages' worth of tokens."""
+
+    n_hits: int
+    n_misses: int
+    n_hit_tokens: int
+    n_published: int
+    n_evicted: int
+
+
+@dataclass(frozen=True)
 class CacheStats:
     """What a cache maps, in bytes as its page tables show it.
 
     ``mapped = used + partial + ahead + kept``: live token bytes; the unused rest of their pages;
     pages mapped ahead (by the background, and for kernels that read past a length); pages kept
-    mapped for the next sequence (in free slots, and past the length after a truncate). ``shared``
-    bytes of ``mapped`` are second mappings of frames that are counted already: the physical memory
-    is ``mapped - shared``, and ``zero_bytes`` of frames that only read as zeros
+    mapped for the next sequence (in free slots, and past the length after a truncate). ``prefix``
+    is what the prefix index holds for sequences to come, and ``shared`` what of ``mapped + prefix``
+    is counted already: the physical memory is ``mapped + prefix - shared``, and ``zero_bytes`` of
+    frames that only read as zeros
     (``unmapped="zero"`` on a GPU; they are in no other figure).
+    ``merged`` bytes were computed twice, and freed by `Sequence.commit`.
     ``n_grown_late`` counts the calls that had to map pages themselves, or waited for the background
     to finish doing it.
     """
@@ -68,10 +81,13 @@ class CacheStats:
     ahead_bytes: int
     kept_bytes: int
     shared_bytes: int
+    prefix_bytes: int
+    merged_bytes: int
     zero_bytes: int
     n_sequences: int
     n_slots: int
     n_grown_late: int
+    prefixes: PrefixStats
     calls: Mapping[str, CallCount]
 
     @property

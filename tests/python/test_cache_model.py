@@ -4,7 +4,7 @@ The model of a sequence is an array with the number that was written at each pos
 takes numbers of its own, and every element of every plane derives another value from them, so a
 page that shows in the wrong place, or a copy that was not made, cannot hide. The load is that of a
 beam search with speculation in too small a machine: growth by single tokens and by prompts, forks,
-rejections, permuted batches, memory running out.
+rejections, permuted batches, prompts that were seen before, memory running out.
 
 The examples are the same in every run. KVSPAN_MODEL_EXAMPLES=500 takes so many random ones a case.
 """
@@ -90,6 +90,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.batch: kvspan.Batch | None = None
         self.n_rows = 0
         self.n_written = 1
+        self.committed: list[torch.Tensor] = []
         for length in (120, 70):
             sequence = self.cache.sequence()
             sequence.extend(length)
@@ -111,13 +112,14 @@ class CacheMachine(RuleBasedStateMachine):
             assert after.kept_bytes + after.ahead_bytes <= before.kept_bytes + before.ahead_bytes
             return None
 
-    def write(self, sequence: kvspan.Sequence, n: int) -> None:
+    def write(self, sequence: kvspan.Sequence, n: int, new: torch.Tensor | None = None) -> None:
         """Fill the newest n positions, as a kernel would."""
         model = self.models[sequence]
         begin, slot = len(model.ids), sequence.slot
         assert sequence.length == begin + n
-        new = torch.arange(self.n_written, self.n_written + n, dtype=torch.int32)
-        self.n_written += n
+        if new is None:
+            new = torch.arange(self.n_written, self.n_written + n, dtype=torch.int32)
+            self.n_written += n
         for plane in self.planes:
             place = plane.memory[slot, begin : begin + n]
             if self.cache_zeroes_everything and model.is_pristine:
@@ -180,12 +182,69 @@ class CacheMachine(RuleBasedStateMachine):
         # Else the last reference goes here.
 
     @precondition(lambda self: self.models)
-    @rule(data=st.data())
-    def fork(self, data: Any) -> None:
+    @rule(data=st.data(), n=st.sampled_from([1, 1, 3]), share=st.sampled_from([0.3, 0.8, 1, 1]))
+    def fork(self, data: Any, n: int, share: float) -> None:
         parent = self.pick(data)
-        child = self.attempt(parent.fork)
-        if child is not None:
-            self.models[child] = self.models[parent].copy()
+        model = self.models[parent]
+        length = model.dropped + round(share * (len(model.ids) - model.dropped))
+        children = self.attempt(lambda: parent.fork(n, length=length))
+        for child in children or ():
+            self.models[child] = model.copy()
+            self.models[child].ids = model.ids[:length]
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data(), share=st.sampled_from([0.5, 1, 1]), merge=st.booleans())
+    def commit(self, data: Any, share: float, merge: bool) -> None:
+        sequence = self.pick(data)
+        ids = self.models[sequence].ids
+        n = round(share * len(ids))
+        known = sequence.commit(ids[:n], merge=merge)
+        assert 0 <= known <= n
+        if known > 0:
+            self.committed.append(ids[:known])
+
+    @precondition(lambda self: self.committed)
+    @rule(data=st.data(), share=st.sampled_from([0.4, 1, 1]), n_more=st.sampled_from([0, 1, 60]))
+    def begin_with_known(self, data: Any, share: float, n_more: int) -> None:
+        known = data.draw(st.sampled_from(self.committed), label="known")
+        known = known[: round(share * len(known))]
+        prompt = torch.cat([known, -torch.ones(n_more, dtype=torch.int32)])
+        made = self.attempt(lambda: self.cache.sequence(token_ids=prompt))
+        if made is not None:
+            assert made.length <= max(0, min(len(known), len(prompt) - 1))
+            self.models[made] = Model()
+            self.models[made].ids = known[: made.length]
+
+    @precondition(lambda self: self.committed)
+    @rule(data=st.data())
+    def compute_again(self, data: Any) -> None:
+        ids = data.draw(st.sampled_from(self.committed), label="ids")
+        made = self.attempt(self.cache.sequence)
+        if made is not None:
+            self.models[made] = Model()
+            if self.attempt(lambda: made.extend(len(ids)) or True):
+                self.write(made, len(ids), ids)
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data(), n=st.integers(1, 4))
+    def reorder(self, data: Any, n: int) -> None:
+        live = list(self.models)
+        chosen = data.draw(
+            st.lists(st.integers(0, len(live) - 1), min_size=1, max_size=n, unique=True)
+        )
+        parents = data.draw(
+            st.lists(st.integers(0, len(chosen) - 1), min_size=len(chosen), max_size=len(chosen))
+        )
+        rows = [live[i] for i in chosen]
+        slots = [row.slot for row in rows]
+        done = self.attempt(lambda: self.cache.reorder(rows, parents) or True)
+        assert [row.slot for row in rows] == slots
+        if not done:
+            return
+        models = [self.models[row] for row in rows]
+        for i, (row, parent) in enumerate(zip(rows, parents, strict=True)):
+            heir = parent if parents[parent] == parent else parents.index(parent)
+            self.models[row] = models[parent] if heir == i else models[parent].copy()
 
     @precondition(lambda self: self.models)
     @rule(data=st.data(), n=st.sampled_from([1, 1, 20]))
@@ -250,7 +309,9 @@ class CacheMachine(RuleBasedStateMachine):
             return
         assert [plane.data_ptr() for plane in self.batch.layer(0)] == addresses
         for i, row in enumerate(rows):
-            assert (self.batch.sequences[i] is old[row]) == (row not in rows[:i])
+            stays = row < len(rows) and rows[row] == row
+            heir = row if stays else rows.index(row)
+            assert (self.batch.sequences[i] is old[row]) == (i == heir)
         models = {row: self.models[row] for row in old if row in self.models}
         for row in models:
             del self.models[row]
@@ -270,9 +331,12 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.pool.stats().free_bytes == 0
         if pool_only:
             return
-        before = self.cache.stats()
+        before, in_use = self.cache.stats(), self.pool.stats().in_use_bytes
         trimmed = self.cache.trim()
         after = self.cache.stats()
+        assert trimmed == in_use - self.pool.stats().in_use_bytes
+        if before.prefix_bytes > 0:
+            return
         # What was kept for later and what was mapped ahead goes alike.
         surplus = before.kept_bytes + before.ahead_bytes
         # But not what others hold as well: a slot that is still read keeps that, too.
@@ -299,7 +363,7 @@ class CacheMachine(RuleBasedStateMachine):
         parts = (s.used_bytes, s.partial_bytes, s.ahead_bytes, s.kept_bytes)
         assert all(0 <= part <= s.mapped_bytes for part in parts)
         assert s.mapped_bytes == sum(parts)
-        assert s.mapped_bytes - s.shared_bytes == pool.in_use_bytes
+        assert s.mapped_bytes + s.prefix_bytes - s.shared_bytes == pool.in_use_bytes
         assert pool.in_use_bytes + pool.free_bytes + pool.fresh_bytes == pool.capacity_bytes
         assert pool.n_failures == 0
         assert s.n_sequences == len(self.models)
@@ -313,7 +377,10 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(entries) * PAGE == self.cache.stats().mapped_bytes
         uses = Counter(entry.frame_id for entry in entries)
         if "max_frame_size" not in self.pool_options:
-            assert all(uses[entry.frame_id] == entry.n_references for entry in entries)
+            # Every other reference is the prefix index's.
+            others = {e.frame_id: e.n_references - uses[e.frame_id] for e in entries}
+            assert set(others.values()) <= {0, 1}
+            assert sum(others.values()) * PAGE <= self.cache.stats().prefix_bytes
         mapped = {(entry.slot, entry.lane, entry.page) for entry in entries}
         for sequence, model in self.models.items():
             if len(model.ids) == 0:

@@ -31,6 +31,7 @@ constexpr Bytes kReservationAlignment = kMiB * 2;
 // A signal makes shmem undo a whole fallocate. In pieces, a timer that fires every few milliseconds
 // (a profiler's) costs a piece and not the run.
 constexpr Bytes kAllocationPiece = kMiB * 8;
+constexpr Bytes kLongMapping = kMiB * 32;
 
 void check(const HostOptions& o, Bytes machine) {
   const Bytes os_page(static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE)));
@@ -175,6 +176,7 @@ class HostBackend final : public Backend {
   Unmapped policy_of(VirtualRange range) const;
   void set_refusal(const std::string& why);
   void note_huge(FrameRun run, Bytes huge) noexcept;
+  Bytes huge_bytes_of(FrameRun run) const noexcept;
 
   const std::uint64_t generation_;
   const Bytes capacity_;
@@ -308,6 +310,14 @@ void HostBackend::note_huge(FrameRun run, Bytes huge) noexcept {
   }
 }
 
+Bytes HostBackend::huge_bytes_of(FrameRun run) const noexcept {
+  Bytes huge{};
+  if (state_->huge_bytes.empty()) return huge;
+  const auto* of_frame = &state_->huge_bytes[run.first.size_class().value][run.first.index()];
+  for (std::uint32_t i = 0; i < run.count; ++i) huge += Bytes(of_frame[i]);
+  return huge;
+}
+
 VirtualRange HostBackend::do_reserve(Bytes size, Unmapped unmapped) {
   require_usable();
   if (size == Bytes(0) || size.value % traits_.page_size.value != 0) {
@@ -387,11 +397,7 @@ void HostBackend::release_own(FrameRun run) noexcept {
     report_failure();  // the frames keep their memory, and the figures say so
     return;
   }
-  Bytes huge{};
-  if (!state_->huge_bytes.empty()) {
-    const auto* of_frame = &state_->huge_bytes[run.first.size_class().value][run.first.index()];
-    for (std::uint32_t i = 0; i < run.count; ++i) huge += Bytes(of_frame[i]);
-  }
+  const Bytes huge = huge_bytes_of(run);
   state_->huge.fetch_sub(huge.value, std::memory_order_relaxed);
   state_->small.fetch_sub((extent.size - huge).value, std::memory_order_relaxed);
 }
@@ -437,12 +443,14 @@ void HostBackend::do_map(Address at, FrameRun run, Access access) {
 
   Address next = at;
   int error_number = 0;
-  for_each_piece(run, [&](FrameRun piece, int fd, Bytes offset, bool) {
+  for_each_piece(run, [&](FrameRun piece, int fd, Bytes offset, bool is_imported) {
     if (error_number != 0) return;
     const Bytes size = extent_of(piece).size;
-    // Populated, so that no kernel that reads or writes these pages meets a fault.
+    // Populated, so that no kernel that reads or writes these pages meets a fault; but not what is
+    // long and in huge pages, where a fault is a fiftieth of what reading the page takes.
+    const bool is_quick = size >= kLongMapping && !is_imported && huge_bytes_of(piece) == size;
     if (mmap(pointer(next), size.value, protection_of(access),
-             MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd,
+             MAP_SHARED | MAP_FIXED | (is_quick ? 0 : MAP_POPULATE), fd,
              static_cast<off_t>(offset.value)) == MAP_FAILED) {
       error_number = errno;
     } else {

@@ -117,9 +117,18 @@ Figures figures(const Cache& cache) {
   d["ahead_bytes"] = f.ahead.value;
   d["kept_bytes"] = f.kept.value;
   d["shared_bytes"] = f.shared.value;
+  d["prefix_bytes"] = f.prefix.value;
+  d["merged_bytes"] = f.merged.value;
   d["n_sequences"] = f.n_sequences;
   d["n_slots"] = f.n_slots;
   d["n_grown_late"] = f.n_grown_late;
+  Figures prefixes;
+  prefixes["n_hits"] = f.prefixes.n_hits;
+  prefixes["n_misses"] = f.prefixes.n_misses;
+  prefixes["n_hit_tokens"] = f.prefixes.n_hit_tokens;
+  prefixes["n_published"] = f.prefixes.n_published;
+  prefixes["n_evicted"] = f.prefixes.n_evicted;
+  d["prefixes"] = prefixes;
   d["calls"] = calls_dict(cache.calls());
   return d;
 }
@@ -148,6 +157,11 @@ TensorView array_view(const Batch& batch, BatchArrays::Which which) {
 // A stream as Python hands it over: the driver's handle.
 Stream to_stream(std::uintptr_t handle) { return {handle}; }
 
+// Token ids, int32, as Python hands them over: their address.
+std::span<const std::int32_t> tokens_at(std::uintptr_t address, std::size_t n) {
+  return {reinterpret_cast<const std::int32_t*>(address), n};
+}
+
 void bind_sequence(py::module_& m) {
   const auto stream = py::arg("stream") = 0;
   py::class_<Sequence, std::shared_ptr<Sequence>>(m, "SequenceHandle")
@@ -170,8 +184,19 @@ void bind_sequence(py::module_& m) {
           },
           py::arg("position"), stream, Release())
       .def(
-          "fork", [](Sequence& s, std::uintptr_t on) { return s.fork(to_stream(on)); }, stream,
-          Release())
+          "fork",
+          [](Sequence& s, std::int32_t n, std::optional<std::int64_t> length, std::uintptr_t on) {
+            std::optional<Tokens> at;
+            if (length) at = Tokens(*length);
+            return s.fork(n, at, to_stream(on));
+          },
+          py::arg("n"), py::arg("length"), stream, Release())
+      .def(
+          "commit",
+          [](Sequence& s, std::uintptr_t tokens, std::size_t n, bool merges, std::uintptr_t on) {
+            return s.publish(tokens_at(tokens, n), merges, to_stream(on)).value;
+          },
+          py::arg("tokens"), py::arg("n_tokens"), py::arg("merges"), stream, Release())
       .def(
           "release", [](Sequence& s, std::uintptr_t on) { s.release(to_stream(on)); }, stream,
           Release())
@@ -223,6 +248,21 @@ void bind_cache(py::module_& m) {
             return c.sequence(Tokens(n), to_stream(on));
           },
           py::arg("n_tokens"), stream, Release())
+      .def(
+          "sequence_of",
+          [](Cache& c, std::uintptr_t tokens, std::size_t n, std::string salt,
+             std::int64_t expected, std::uintptr_t on) {
+            return c.sequence(tokens_at(tokens, n), std::move(salt), Tokens(expected),
+                              to_stream(on));
+          },
+          py::arg("tokens"), py::arg("n_tokens"), py::arg("salt"), py::arg("expected"), stream,
+          Release())
+      .def(
+          "reorder",
+          [](Cache& c, const std::vector<std::shared_ptr<Sequence>>& sequences,
+             const std::vector<std::int32_t>& parents,
+             std::uintptr_t on) { c.reorder(sequences, parents, to_stream(on)); },
+          py::arg("sequences"), py::arg("parents"), stream, Release())
       .def(
           "batch",
           [](Cache& c, std::vector<std::shared_ptr<Sequence>> sequences, std::uintptr_t on) {

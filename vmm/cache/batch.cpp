@@ -2,40 +2,12 @@
 
 #include <algorithm>
 
+#include "cache/claims.hpp"
 #include "core/errors.hpp"
 
 namespace kvspan {
 
 using Which = BatchArrays::Which;
-
-// Claims on all rows, or none.
-class Batch::Claims {
- public:
-  explicit Claims(std::span<SequenceState* const> states) : states_(states) {
-    try {
-      for (; claimed_ < states_.size(); ++claimed_) states_[claimed_]->claim_or_throw();
-    } catch (...) {
-      release();
-      throw;
-    }
-  }
-  Claims(const Claims&) = delete;
-  Claims& operator=(const Claims&) = delete;
-  ~Claims() { release(); }
-
- private:
-  void release() noexcept {
-    for (std::size_t i = 0; i < claimed_; ++i) {
-      SequenceState& state = *states_[i];
-      // A row that was dropped meanwhile has its last word already.
-      if (state.claim.load(std::memory_order_relaxed) != Claim::used) continue;
-      state.unclaim(state.is_lost ? Claim::lost : Claim::idle);
-    }
-  }
-
-  const std::span<SequenceState* const> states_;
-  std::size_t claimed_ = 0;
-};
 
 BatchArrays::BatchArrays(Backend& backend, std::size_t n_rows)
     : traits_(backend.traits()),
@@ -169,6 +141,9 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
   // Rows that stay are claimed; what is dropped may have been released by its owner already.
   std::vector<std::optional<std::size_t>> first_use(rows_.size());
   for (std::size_t i = rows.size(); i-- > 0;) first_use[static_cast<std::size_t>(rows[i])] = i;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    if (static_cast<std::size_t>(rows[i]) == i) first_use[i] = i;  // what stays is not remapped
+  }
   std::vector<SequenceState*> claimed;
   for (std::size_t row = 0; row < rows_.size(); ++row) {
     if (first_use[row] || !rows_[row]->is_released()) claimed.push_back(states_[row]);
@@ -214,16 +189,9 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
       continue;
     }
     // Moved whole, surplus pages and all; or emptied.
-    for (std::size_t lane = 0; lane < space.n_lanes(); ++lane) {
-      const Span& target = space.span(to, lane);
-      std::vector<PageEntry> entries(target.end().value);
-      if (i < rows.size()) {
-        const Span& source = space.span(slot_of(row), lane);
-        entries.resize(std::max(source.end(), target.end()).value);
-        for (Pages page{}; page < source.end(); ++page) entries[page.value] = source[page];
-      }
-      space.place(edit, to, lane, entries);
-    }
+    std::optional<SlotId> from;
+    if (i < rows.size()) from = slot_of(row);
+    cache.plan_move(edit, from, to);
   }
   try {
     cache.commit(edit);
@@ -250,6 +218,7 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
                           std::memory_order_relaxed);
       state.dropped_pages.store(source.dropped_pages.load(std::memory_order_relaxed),
                                 std::memory_order_relaxed);
+      if (&state != &source) state.salt = source.salt;
       cache.slot(state.slot).live = selected[i]->state();
       // From here on close() waits for it; one that is under way does not know it.
       const bool is_new = first_use[static_cast<std::size_t>(rows[i])] != i;

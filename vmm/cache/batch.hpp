@@ -74,8 +74,6 @@ class Batch {
   const std::shared_ptr<Cache>& cache() const { return cache_; }
 
  private:
-  class Claims;
-
   const std::shared_ptr<Cache> cache_;
   std::vector<std::shared_ptr<Sequence>> rows_;
   std::vector<SequenceState*> states_;  // of rows_, for the fast path

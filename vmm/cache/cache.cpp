@@ -184,6 +184,7 @@ void Cache::close() {
   const std::scoped_lock lock(mutex_);
   last.swap(space_);
   for (Slot& s : slots_) s.live.reset();
+  prefixes_.clear();
 }
 
 CacheFigures Cache::figures() const {
@@ -221,6 +222,9 @@ CacheFigures Cache::figures() const {
   f.partial = planned - f.ahead - f.used;
   f.kept = f.mapped - planned;
   f.n_grown_late = n_grown_late_.load(std::memory_order_relaxed);
+  f.prefixes = prefixes_.figures();
+  f.prefix = size_of(f.prefixes.held, page_size);
+  f.merged = page_size * merged_pages_.load(std::memory_order_relaxed);
   return f;
 }
 
@@ -316,6 +320,8 @@ Pages Cache::reclaim(Pages wanted, bool wait) noexcept {
     }
     state->unclaim(state->is_lost ? Claim::lost : Claim::idle);
   }
+  // What others may yet begin with goes last.
+  if (total < wanted) total += evict_prefixes(wanted - total);
   return total;
 }
 
@@ -327,7 +333,7 @@ Pages Cache::reclaimable() const noexcept {
     const Pages needed = s.live ? needed_pages(*s.live) : Pages(0);
     if (!s.is_retired && s.backed > needed) pages += s.backed - needed;
   }
-  return pages;
+  return pages + prefixes_.evictable();
 }
 
 }  // namespace kvspan

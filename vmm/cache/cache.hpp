@@ -5,6 +5,9 @@
 // sequence takes them over without a driver call (deferred reclamation); under pressure the frame
 // store asks for them back.
 //
+// Sequences share pages: with forks, and with whoever begins with the same tokens (the prefix
+// index).
+//
 // Threads: any thread may call anything; two threads inside one sequence get BusyError. `mutex_`
 // guards the table of slots and the spans of free slots; the spans of a live slot belong to whoever
 // holds its sequence's claim. Order: a claim may be held when `mutex_` is taken, never the other
@@ -21,6 +24,7 @@
 #include <vector>
 
 #include "cache/layout.hpp"
+#include "cache/prefix_index.hpp"
 #include "cache/sequence_state.hpp"
 #include "cache/slot_lists.hpp"
 #include "cache/space.hpp"
@@ -48,13 +52,15 @@ struct CacheOptions {
   std::optional<Bytes> keep;  // the most that is kept mapped for later; none: 2% of what is mapped
 };
 
-// All in bytes as page tables show them: mapped = used + partial + ahead + kept. Of these,
-// `shared` are second mappings of frames that are counted already. `zeros` are the frames of zeros,
-// which count as no page's.
+// All in bytes as page tables show them: mapped = used + partial + ahead + kept. `prefix` is what
+// the prefix index holds. Of mapped and prefix together, `shared` counts frames that are counted
+// already. `zeros` are the frames of zeros, which count as no page's.
 struct CacheFigures {
-  Bytes reserved, mapped, used, partial, ahead, kept, shared, zeros;
+  Bytes reserved, mapped, used, partial, ahead, kept, shared, prefix, zeros;
   std::uint64_t n_grown_late = 0;  // calls that had to map pages themselves, or wait for the mapper
   std::int32_t n_sequences = 0, n_slots = 0;
+  PrefixFigures prefixes;
+  Bytes merged;  // of frames that were computed twice, and given back
 };
 
 // One page of the page map, for pictures and debugging.
@@ -75,6 +81,13 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   // A new empty sequence in the free slot whose pages fit `expected` tokens best.
   // What is queued on `stream` comes after the work that may still use that slot.
   std::shared_ptr<Sequence> sequence(Tokens expected, Stream stream = {});
+  // One that begins with as many of `tokens` as the prefix index knows under this salt, but for the
+  // last: its length says how many.
+  std::shared_ptr<Sequence> sequence(std::span<const std::int32_t> tokens, std::string salt,
+                                     Tokens expected, Stream stream = {});
+  // Sequence i becomes what sequence parents[i] was: its pages, moved or shared as by a fork.
+  void reorder(std::span<const std::shared_ptr<Sequence>> sequences,
+               std::span<const std::int32_t> parents, Stream stream = {});
   std::shared_ptr<Batch> batch(std::vector<std::shared_ptr<Sequence>> sequences,
                                Stream stream = {});
   // `n` new sequences in adjacent slots.
@@ -149,7 +162,6 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   void extend(SequenceState& state, Tokens n, Stream stream);
   void truncate(SequenceState& state, Tokens n, Stream stream);
   void drop_before(SequenceState& state, Tokens position, Stream stream);
-  std::shared_ptr<Sequence> fork(SequenceState& parent, Stream stream);
   void release(SequenceState& state, Stream stream);
   void grow(std::span<SequenceState* const> states, Tokens n, Stream stream);
   void note_grown(std::span<SequenceState* const> states);  // once the lengths are what they are
@@ -158,17 +170,35 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   Pages stride_end(std::size_t lane, const Span& span, Pages needed) const;
   bool find_growing();                           // mapper.cpp
   bool map_next(SequenceState& state) noexcept;  // likewise
-  // `from_after`: the slot in which the pages of `from` are once the edit is done.
-  void plan_copy(Edit& edit, SlotId from, SlotId from_after, SlotId to, Tokens length);
   void drop_shared(SlotId id, Tokens keep) noexcept;
   void update_capacity(SequenceState& state);
   void commit(Edit& edit);
 
+  // Sequences from sequences (fork.cpp).
+  std::vector<std::shared_ptr<Sequence>> fork(SequenceState& parent, std::int32_t n, Tokens length,
+                                              Stream stream);
+  // `from_after`: the slot in which the pages of `from` are once the edit is done.
+  void plan_copy(Edit& edit, SlotId from, SlotId from_after, SlotId to, Tokens length);
+  void plan_move(Edit& edit, std::optional<SlotId> from, SlotId to);
+  void begin_as(SequenceState& state, const SequenceState& parent, Tokens length, Stream stream);
+  void leave(SequenceState& state) noexcept;  // one that did not get what it was to begin with
+
+  // The prefix index (prefix.cpp).
+  Tokens publish(SequenceState& state, std::span<const std::int32_t> tokens, bool merges,
+                 Stream stream);
+  void merge(SequenceState& state, std::span<const PrefixIndex::Chunk> chunks,
+             const PrefixIndex::Found& known, Stream stream);
+  std::vector<Tokens> chunk_ends(std::size_t n_tokens) const;
+  void plan_prefix(Edit& edit, SlotId to, const LanePages& pages, Tokens length);
+  Pages evict_prefixes(Pages wanted) noexcept;
+
   const std::shared_ptr<FrameStore> store_;
   const std::optional<Bytes> keep_;
+  PrefixIndex prefixes_{*store_};
   std::atomic<std::int64_t> mapped_pages_{0};
   std::atomic<std::int64_t> shared_pages_{0};
   std::atomic<std::uint64_t> n_grown_late_{0};  // relaxed: a figure
+  std::atomic<std::uint64_t> merged_pages_{0};  // likewise
   // Those that were found to need pages soon, the most urgent last. The background's alone.
   std::vector<std::shared_ptr<SequenceState>> growing_;
 

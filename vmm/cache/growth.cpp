@@ -269,63 +269,6 @@ void Cache::drop_before(SequenceState& state, Tokens position, Stream stream) {
   state.dropped.store(static_cast<std::int32_t>(position.value), std::memory_order_relaxed);
 }
 
-std::shared_ptr<Sequence> Cache::fork(SequenceState& parent, Stream stream) {
-  follow(parent, stream);
-  const std::scoped_lock table(parent.table);
-  std::shared_ptr<SequenceState> child;
-  {
-    const std::scoped_lock lock(mutex_);
-    check_open();
-    child = occupy(emptiest_free_slot());
-  }
-  try {
-    settle(child->slot);  // what the slot still has mapped makes way, and so do zeros
-    if (space_->has_windows()) store_->backend().wait(store_->backend().record_fence(stream));
-    Edit edit = space_->edit(stream);
-    plan_copy(edit, parent.slot, parent.slot, child->slot, parent.tokens());
-    commit(edit);
-  } catch (...) {
-    child->unclaim(Claim::released);
-    vacate(*child, slot(child->slot).fence);
-    child->table.unlock();
-    throw;
-  }
-  {
-    const std::scoped_lock lock(mutex_);
-    update_mapped(child->slot);
-    child->dropped.store(parent.dropped.load(std::memory_order_relaxed), std::memory_order_relaxed);
-    child->dropped_pages.store(parent.dropped_pages.load(std::memory_order_relaxed),
-                               std::memory_order_relaxed);
-    child->length.store(parent.length.load(std::memory_order_relaxed), std::memory_order_relaxed);
-    child->stream = stream;
-    update_capacity(*child);
-  }
-  child->table.unlock();
-  child->unclaim();
-  return std::make_shared<Sequence>(shared_from_this(), std::move(child));
-}
-
-void Cache::plan_copy(Edit& edit, SlotId from, SlotId from_after, SlotId to, Tokens length) {
-  // Whole frames below the length are shared; the rest, the partly filled tail, is copied into
-  // frames of its own, for that is where both will write.
-  for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
-    const Span& source = space_->span(from, lane);
-    Span& target = space_->span(to, lane);
-    const Pages shared = source.narrowed({Pages(0), space_->page_of(lane, length)}).last;
-    const Pages needed = space_->pages_with_overread(lane, length);
-
-    std::vector<PageEntry> entries(std::max(needed, target.end()).value);
-    for (Pages page{}; page < shared; ++page) entries[page.value] = source[page];
-    for (Pages page = shared; page < needed; ++page) entries[page.value] = PageEntry::wanted();
-    space_->place(edit, to, lane, entries);
-
-    const Bytes tail = space_->byte_of(lane, length) - space_->page_size() * shared.value;
-    if (tail > Bytes(0)) {
-      edit.copy(target.address_of(shared), space_->span(from_after, lane).address_of(shared), tail);
-    }
-  }
-}
-
 void Cache::release(SequenceState& state, Stream stream) {
   const std::scoped_lock table(state.table);
   Fence fence;

@@ -30,10 +30,17 @@ void Sequence::drop_before(Tokens position, Stream stream) {
   cache_->drop_before(*state_, position, stream);
 }
 
-std::shared_ptr<Sequence> Sequence::fork(Stream stream) {
+std::vector<std::shared_ptr<Sequence>> Sequence::fork(std::int32_t n, std::optional<Tokens> length,
+                                                      Stream stream) {
   cache_->check_usable();
   const Claimed claimed(*state_);
-  return cache_->fork(*state_, stream);
+  return cache_->fork(*state_, n, length.value_or(state_->tokens()), stream);
+}
+
+Tokens Sequence::publish(std::span<const std::int32_t> tokens, bool merges, Stream stream) {
+  cache_->check_usable();
+  const Claimed claimed(*state_);
+  return cache_->publish(*state_, tokens, merges, stream);
 }
 
 void Sequence::release(Stream stream) {

@@ -4,6 +4,9 @@
 #pragma once
 
 #include <memory>
+#include <optional>
+#include <span>
+#include <vector>
 
 #include "cache/cache.hpp"
 
@@ -24,8 +27,14 @@ class Sequence {
   void truncate(Tokens n, Stream stream);
   // Gives up the pages that lie whole before `position` in layers with a sliding window.
   void drop_before(Tokens position, Stream stream);
-  // A second sequence with the same tokens: whole frames shared, the rest copied.
-  std::shared_ptr<Sequence> fork(Stream stream);
+  // n more sequences that begin with the first `length` tokens (none: all of them): whole frames
+  // shared, the rest copied. All or nothing.
+  std::vector<std::shared_ptr<Sequence>> fork(std::int32_t n, std::optional<Tokens> length,
+                                              Stream stream);
+  // Lets the prefix index know the pages that the first tokens fill. Returns how many tokens of
+  // this chain it knows now. With `merges`, pages that it knew already take the place of this
+  // sequence's, once the stream's work is done.
+  Tokens publish(std::span<const std::int32_t> tokens, bool merges, Stream stream);
   // Frees the slot. Does nothing the second time.
   void release(Stream stream);
 

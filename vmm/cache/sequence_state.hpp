@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 #include <thread>
 
 #include "backend/backend.hpp"
@@ -58,7 +59,8 @@ struct alignas(64) SequenceState {
   std::atomic<bool> is_lost{false};  // the next unclaim makes it Claim::lost
   // Under a claim. Behind the work of the slot's last sequence; streams that work here follow it.
   Fence predecessor;
-  Stream stream;  // under a claim: the last one that worked here
+  Stream stream;     // under a claim: the last one that worked here
+  std::string salt;  // under a claim: which of the prefix index's chains are its own
 
   Tokens tokens() const { return Tokens(length.load(std::memory_order_relaxed)); }
 

@@ -184,6 +184,10 @@ void Edit::commit() {
     std::ranges::stable_sort(patches_, {}, rank);
     for (Patch& patch : patches_) apply(patch);
     for (const Copy& c : copies_) copy_bytes(c.to, c.from, c.size);
+    for (const Load& load : loads_) {
+      const Window window(*this, load.pages);
+      copy_bytes(load.to, window.base(), load.size);
+    }
   } catch (...) {
     undo();
     throw;

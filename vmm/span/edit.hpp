@@ -42,6 +42,12 @@ class Edit {
   // Copies bytes once everything is mapped. Both places are addresses after the edit.
   void copy(Address to, Address from, Bytes size) { copies_.push_back({to, from, size}); }
 
+  // The same from frames that need not be mapped anywhere; the caller holds references to them.
+  // `pages` are whole frames, of which the first `size` bytes are copied.
+  void copy_from(Address to, std::vector<PageEntry> pages, Bytes size) {
+    loads_.push_back({to, std::move(pages), size});
+  }
+
   // Unbacks the frames that lie whole in `range`.
   void drop(Span& span, PageRange range);
 
@@ -49,7 +55,7 @@ class Edit {
   // wherever the span's window is not backed.
   void show_zeros(Span& span) { add(span, {Pages(0), span.window()}, {}, Bytes(0)); }
 
-  bool is_empty() const { return patches_.empty() && copies_.empty(); }
+  bool is_empty() const { return patches_.empty() && copies_.empty() && loads_.empty(); }
 
   void commit();
 
@@ -79,6 +85,12 @@ class Edit {
     Bytes size;
   };
 
+  struct Load {
+    Address to;
+    std::vector<PageEntry> pages;
+    Bytes size;
+  };
+
   // `now` has an entry for each page of the range, or none at all: nothing is to back them.
   void add(Span& span, PageRange range, std::span<const PageEntry> now, Bytes live);
   void add_fresh(Span& span, PageRange range, Bytes live, OwnerTag owner, bool always_scrub);
@@ -103,6 +115,7 @@ class Edit {
   const Effort effort_;
   std::vector<Patch> patches_;
   std::vector<Copy> copies_;
+  std::vector<Load> loads_;
   std::vector<FrameStore::Gap> gaps_;  // one a run of wanted pages, in order
 
   std::vector<FrameStore::Taken> taken_;

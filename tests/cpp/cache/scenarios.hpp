@@ -24,7 +24,7 @@ struct Scene {
       row->extend(Tokens(kWritten[3 + i]), {});
       rig.write(*row, 3 + i, 0, kWritten[3 + i]);
     }
-    forked = a->fork({});
+    forked = a->fork(1, {}, {}).front();
   }
 
   void select(const std::vector<std::int32_t>& order) {
@@ -91,9 +91,9 @@ inline const std::vector<Operation>& operations() {
       {"extend", nothing, [](Scene& s) { s.a->extend(Tokens(200), {}); }},
       {"step across pages", nothing,
        [](Scene& s) { s.rig.cache->batch({s.a, s.b, s.forked})->step(Tokens(40), {}); }},
-      {"fork", nothing, [](Scene& s) { s.a->fork({}); }},
+      {"fork", nothing, [](Scene& s) { s.a->fork(1, {}, {}); }},
       {"fork of a fork", [](Scene& s) { s.forked->extend(Tokens(60), {}); },
-       [](Scene& s) { s.forked->fork({}); }},
+       [](Scene& s) { s.forked->fork(1, {}, {}); }},
       {"extend into a shared page",
        [](Scene& s) { s.forked->truncate(Tokens(s.forked_written = 20), {}); },
        [](Scene& s) { s.forked->extend(Tokens(60), {}); }},

@@ -77,7 +77,7 @@ BOOST_AUTO_TEST_CASE(a_fork_shares_whole_pages_and_copies_the_tail) {
   for (const std::uint8_t largest_class : {std::uint8_t{0}, std::uint8_t{2}}) {
     Rig rig({.largest_class = largest_class, .layers_per_page = 2});
     const auto a = rig.grown(1, 110);  // 4 whole pages and a part of the fifth
-    const auto b = a->fork({});
+    const auto b = a->fork(1, {}, {}).front();
     BOOST_TEST((rig.cache->figures().shared == kTestPage * 4));
     BOOST_TEST((rig.store->counts().in_use == kTestPage * 6));
     BOOST_TEST(rig.holds(*b, 1, 0, 110));
@@ -157,7 +157,7 @@ BOOST_AUTO_TEST_CASE(only_lanes_with_a_window_drop_pages) {
   BOOST_TEST(figures_add_up(rig));
   BOOST_CHECK_THROW(a->truncate(Tokens(199), {}), InvalidArgument);
   a->drop_before(Tokens(100), {});  // gone already
-  const auto b = a->fork({});
+  const auto b = a->fork(1, {}, {}).front();
   BOOST_TEST((b->dropped() == Tokens(200)));
   BOOST_TEST(rig.holds(*b, 1, 200, 300));
   BOOST_TEST(figures_add_up(rig));
@@ -199,7 +199,7 @@ BOOST_AUTO_TEST_CASE(after_close_the_api_raises_and_shown_memory_lives) {
   rig.cache->close();  // twice is once
   BOOST_CHECK_THROW(a->extend(Tokens(1), {}), ReleasedError);
   BOOST_CHECK_THROW(a->slot(), ReleasedError);
-  BOOST_CHECK_THROW(a->fork({}), ReleasedError);
+  BOOST_CHECK_THROW(a->fork(1, {}, {}), ReleasedError);
   BOOST_CHECK_THROW(rig.cache->sequence(Tokens(0)), ReleasedError);
   BOOST_CHECK_THROW(rig.cache->trim(), ReleasedError);
   a->release({});

@@ -65,7 +65,7 @@ void walk(const RigOptions& options, Tokens overread, std::uint32_t seed) {
           break;
         }
         case 3: {
-          auto child = known.sequence->fork({});
+          auto child = known.sequence->fork(1, {}, {}).front();
           all.push_back({std::move(child), std::vector(known.marks)});
           break;
         }

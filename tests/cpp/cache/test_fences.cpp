@@ -44,7 +44,7 @@ BOOST_AUTO_TEST_CASE(work_in_a_slot_comes_after_that_of_its_last_sequence) {
 BOOST_AUTO_TEST_CASE(a_shared_page_is_exchanged_only_when_its_readers_are_done) {
   Rig rig;
   const auto a = rig.grown(1, 150);
-  const auto b = a->fork({});
+  const auto b = a->fork(1, {}, {}).front();
   rig.backend->set_manual_fences(true);
   b->truncate(Tokens(20), {});
   BOOST_TEST(rig.backend->waited_for().empty());
@@ -83,9 +83,9 @@ BOOST_AUTO_TEST_CASE(a_fork_waits_for_the_last_work_in_its_slot) {
   rig.backend->set_manual_fences(true);
   rig.grown(2, 150)->release({});
   rig.backend->fail(1, Fault::driver, Call::wait_fence);
-  BOOST_CHECK_THROW(a->fork({}), DriverError);
+  BOOST_CHECK_THROW(a->fork(1, {}, {}), DriverError);
   BOOST_TEST(rig.backend->unpassed().size() == 1u);
-  const auto b = a->fork({});
+  const auto b = a->fork(1, {}, {}).front();
   BOOST_TEST(rig.backend->unpassed().empty());
   BOOST_TEST(rig.holds(*b, 1, 0, 150));
 }
@@ -121,7 +121,7 @@ BOOST_AUTO_TEST_CASE(shared_pages_in_free_slots_are_not_taken_for_memory) {
   Rig rig({.n_pages = 20, .layers_per_page = 2, .keep = kGiB});
   const auto parent = rig.grown(1, 204);  // 8 pages, the last partly filled
   std::vector<std::shared_ptr<Sequence>> gone;
-  for (int i = 0; i < 3; ++i) gone.push_back(parent->fork({}));
+  for (int i = 0; i < 3; ++i) gone.push_back(parent->fork(1, {}, {}).front());
   const auto own = rig.grown(2, 204);
   BOOST_TEST((rig.store->counts().in_use == kTestPage * 19));
   rig.backend->set_manual_fences(true);
@@ -142,7 +142,7 @@ BOOST_AUTO_TEST_CASE(zeros_make_way_only_when_their_readers_are_done) {
   rig.backend->set_manual_fences(true);
   a->extend(Tokens(1), {});
   BOOST_TEST(rig.backend->waited_for().size() == 1u);
-  const auto child = a->fork({});
+  const auto child = a->fork(1, {}, {}).front();
   BOOST_TEST(rig.backend->waited_for().size() == 2u);
   // Next to the end of what is mapped, and still nothing ahead of need.
   a->extend(Tokens(22), {});

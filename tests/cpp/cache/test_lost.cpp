@@ -96,7 +96,7 @@ BOOST_AUTO_TEST_CASE(the_slot_of_a_lost_sequence_is_retired) {
     BOOST_REQUIRE(n < 50);
     Rig rig({.max_seqs = 2});
     const auto a = rig.grown(1, 150);
-    const auto b = a->fork({});
+    const auto b = a->fork(1, {}, {}).front();
     b->truncate(Tokens(20), {});
     rig.backend->fail(n, Fault::driver, {}, FaultyBackend::kEver);
     BOOST_CHECK_THROW(b->extend(Tokens(30), {}), DriverError);

@@ -88,7 +88,7 @@ BOOST_AUTO_TEST_CASE(empty_full_and_shared_sequences_are_left_alone) {
   const auto empty = rig.cache->sequence(Tokens(0));
   const auto full = rig.grown(1, 1000);
   const auto parent = rig.grown(2, 150);
-  const auto child = parent->fork({});
+  const auto child = parent->fork(1, {}, {}).front();
   child->truncate(Tokens(20), {});  // the next token would go into a shared page
   const std::uint64_t before = driver_work(rig);
   const std::int64_t room = parent->state()->capacity - parent->state()->length;
@@ -140,7 +140,7 @@ BOOST_AUTO_TEST_CASE(the_background_meets_every_other_call) {
       rig.write(*a, 1, at, at + 1);
       rig.write(*b, 2, bt, bt + 1);
       if (i % 20 == 10) {
-        const auto c = a->fork({});
+        const auto c = a->fork(1, {}, {}).front();
         BOOST_TEST(rig.holds(*c, 1, 0, at + 1));
         b->truncate(Tokens(bt / 2), {});
       }

@@ -36,7 +36,7 @@ bool live(Rig& rig, std::int32_t mark, std::uint32_t seed) {
       } else if (choice == 4) {
         s->truncate(Tokens(below(static_cast<int>(length) + 1)), {});
       } else if (choice == 5) {
-        auto child = s->fork({});
+        auto child = s->fork(1, {}, {}).front();
         ok = ok && rig.holds(*child, mark, 0, length);
         mine.push_back(std::move(child));
       } else if (choice == 6) {
