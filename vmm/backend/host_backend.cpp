@@ -31,7 +31,7 @@ constexpr Bytes kReservationAlignment = kMiB * 2;
 // A signal makes shmem undo a whole fallocate. In pieces, a timer that fires every few milliseconds
 // (a profiler's) costs a piece and not the run.
 constexpr Bytes kAllocationPiece = kMiB * 8;
-constexpr Bytes kLongMapping = kMiB * 32;
+constexpr Bytes kLongMapping = kMiB * 64;
 
 void check(const HostOptions& o, Bytes machine) {
   const Bytes os_page(static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE)));

@@ -174,6 +174,20 @@ BOOST_AUTO_TEST_CASE(refused_huge_pages_are_made_up_by_small_ones) {
   BOOST_TEST(end == 0);
 }
 
+BOOST_AUTO_TEST_CASE(a_long_run_of_huge_pages_faults_once_a_page) {
+  if (kThreadSanitizer || kAddressSanitizer) return;  // whose shadow memory faults
+  const auto b = make(kPage, kMiB * 64, true);
+  const VirtualRange range = b->reserve(kMiB * 64, Unmapped::zero);
+  b->create({frame(0), 32});
+  if (b->huge_pages().small != Bytes(0)) return;  // the machine has none to give
+  b->map(range.base, {frame(0), 32}, Access::read_write);
+  const long before = minor_faults();
+  for (Bytes at{}; at < range.size; at += kKiB * 4) byte(range.base + at) = 1;
+  BOOST_TEST(minor_faults() - before <= 32 + 8);
+  b->unmap(range, 32);
+  b->free(range);
+}
+
 BOOST_AUTO_TEST_CASE(no_faults_after_a_map) {
   if (kThreadSanitizer) {
     BOOST_TEST_MESSAGE("skipped: ThreadSanitizer's shadow memory faults with every page");
