@@ -119,6 +119,23 @@ class Batch:
         ]
         self._make_tensors()
 
+    def fork(self, *, stream: Any = None) -> Batch:
+        """Return a batch in adjacent slots of its own whose rows have the same tokens.
+
+        As `Sequence.fork` for each row, all or none. It may grow to as many rows as this one.
+
+        Raises
+        ------
+        InvalidArgument
+            The batch is not of adjacent slots.
+        CapacityError
+            There are not so many adjacent free slots.
+        OutOfMemory
+            There are no frames for the copied pages. Nothing has changed.
+        """
+        native = self._native.fork(self._cache._stream(stream))
+        return Batch(self._cache, native, [Sequence(self._cache, row) for row in native.rows])
+
     def __repr__(self) -> str:
         first = self._native.first_slot
         where = "any slots" if first is None else f"adjacent slots from {first}"

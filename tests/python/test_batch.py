@@ -237,3 +237,51 @@ def test_256_rows() -> None:
         assert (batch.step() == step).all()
     batch.select(torch.arange(255, -1, -1))
     assert (batch.lengths == 30).all()
+
+
+def test_fork_shares_whole_pages_of_all_rows(cache: kvspan.KVCache) -> None:
+    batch = cache.batch(4)
+    fill(batch, (40, 16, 3, 33))
+    batch.select([0, 1, 2])
+    before = cache.stats()
+    child = batch.fork()
+    assert child.slots.tolist() == [4, 5, 6]
+    assert child.lengths.tolist() == [40, 16, 3]
+    assert values(child) == values(batch) == [1, 2, 3]
+    after = cache.stats()
+    assert after.shared_bytes - before.shared_bytes == 2 * (2 + 1) * PAGE
+    assert after.calls["copy"].calls - before.calls["copy"].calls == 2 * 2  # the tails
+    child.select([0, 0, 0, 0])  # in slots of its own, as many as the parent has
+    child.step()
+    for plane in child.layer(1):
+        plane[:, 40] = 7
+    assert values(batch) == [1, 2, 3]
+    batch.step(13)
+    for sequence in batch.sequences:
+        sequence.layer(0)[0][-13:] = 9
+    assert (child.layer(0)[0][:, :40] == 1).all()
+    del batch
+    assert (child.layer(1)[1][:, :40] == 1).all()
+
+
+def test_fork_happens_whole_or_not_at_all(pool: kvspan.Pool) -> None:
+    with kvspan.KVCache(
+        pool, 2, 4, 128 * SCALE, torch.float32, max_seqs=10, max_seq_len=500, layers_per_page=1
+    ) as cache:
+        batch = cache.batch(3)
+        fill(batch, (160, 160, 161))
+        assert pool.stats().in_use_bytes == 62 * PAGE
+        filler = cache.sequence()
+        filler.extend(16)
+        before = cache.stats()
+        with pytest.raises(kvspan.OutOfMemory):
+            batch.fork()
+        assert cache.stats().n_sequences == before.n_sequences
+        assert cache.stats().mapped_bytes == before.mapped_bytes
+        filler.release()
+        assert values(batch.fork()) == [1, 2, 3]
+        others = cache.batch(6)
+        with pytest.raises(kvspan.CapacityError, match="adjacent"):
+            batch.fork()
+        with pytest.raises(kvspan.InvalidArgument, match="adjacent slots"):
+            cache.batch(others.sequences).fork()

@@ -221,6 +221,9 @@ void bind_batch(py::module_& m) {
           },
           py::arg("rows"), stream, Release())
       .def(
+          "fork", [](Batch& b, std::uintptr_t on) { return b.fork(to_stream(on)); }, stream,
+          Release())
+      .def(
           "refresh", [](Batch& b, std::uintptr_t on) { b.refresh(to_stream(on)); }, stream,
           Release())
       .def_property_readonly("size", &Batch::size)

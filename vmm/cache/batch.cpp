@@ -240,4 +240,63 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
   refresh(stream);
 }
 
+std::shared_ptr<Batch> Batch::fork(Stream stream) {
+  cache_->check_usable();
+  if (!lease_) {
+    throw InvalidArgument(
+        "fork needs rows in adjacent slots: make the batch with cache.batch(n), or fork() each "
+        "sequence");
+  }
+  Cache& cache = *cache_;
+  Space& space = *cache.space();
+  Backend& backend = cache.store_->backend();
+  const std::shared_ptr<Batch> child = cache.adjacent_batch(lease_->count, stream);
+  {
+    const Claims claims(states_);
+    const Claims child_claims(child->states_);
+    std::vector<std::unique_lock<TableLock>> tables;
+    for (SequenceState* state : states_) tables.emplace_back(state->table);
+    for (SequenceState* state : child->states_) tables.emplace_back(state->table);
+
+    for (SequenceState* state : states_) cache.follow(*state, stream);
+    for (SequenceState* state : child->states_) {
+      cache.settle(state->slot);
+      // What the slot kept makes way at once: its frames may be those that are wanted.
+      const std::scoped_lock lock(cache.mutex_);
+      cache.drop_tail(state->slot, Tokens(0));
+    }
+    if (space.has_windows()) backend.wait(backend.record_fence(stream));
+    Edit edit = space.edit(stream);
+    for (std::size_t row = 0; row < states_.size(); ++row) {
+      const SlotId from = states_[row]->slot;
+      cache.plan_copy(edit, from, from, child->states_[row]->slot, states_[row]->tokens());
+    }
+    try {
+      cache.commit(edit);
+    } catch (...) {
+      for (SequenceState* state : child->states_) state->is_lost = space.is_broken(state->slot);
+      throw;
+    }
+    const std::scoped_lock lock(cache.mutex_);
+    for (std::size_t row = 0; row < states_.size(); ++row) {
+      const SequenceState& source = *states_[row];
+      SequenceState& state = *child->states_[row];
+      cache.update_mapped(state.slot);
+      state.dropped.store(source.dropped.load(std::memory_order_relaxed),
+                          std::memory_order_relaxed);
+      state.dropped_pages.store(source.dropped_pages.load(std::memory_order_relaxed),
+                                std::memory_order_relaxed);
+      state.length.store(source.length.load(std::memory_order_relaxed), std::memory_order_relaxed);
+      state.stream = stream;
+      cache.update_capacity(state);
+    }
+  }
+  // What a select has left of these slots is left of those, too.
+  child->rows_.resize(rows_.size());
+  child->states_.resize(states_.size());
+  child->is_stale_ = true;
+  child->refresh(stream);
+  return child;
+}
+
 }  // namespace kvspan

@@ -64,6 +64,10 @@ class Batch {
   // fork does; rows that are not named are released. Only for adjacent slots.
   void select(std::span<const std::int32_t> rows, Stream stream);
 
+  // A batch in as many adjacent slots whose rows have the tokens of these, as forks: all or none.
+  // Only for adjacent slots.
+  std::shared_ptr<Batch> fork(Stream stream);
+
   // Brings `lengths` and `slots` up to date with what was done to the sequences by themselves.
   void refresh(Stream stream);
 

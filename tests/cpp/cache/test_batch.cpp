@@ -166,6 +166,27 @@ BOOST_AUTO_TEST_CASE(refresh_sees_what_was_done_to_rows_by_themselves) {
       boost::test_tools::per_element());
 }
 
+BOOST_AUTO_TEST_CASE(a_fork_has_all_rows_in_adjacent_slots_of_its_own) {
+  Rig rig;
+  const auto batch = rows_of(rig, 4);
+  select(*batch, {1, 3});
+  const auto fork = batch->fork({});
+  BOOST_TEST(fork->lease()->count == 4);
+  BOOST_TEST(rows_are(rig, *fork, {2, 4}));
+  fork->step(Tokens(9), {});
+  for (const auto& row : fork->rows()) {
+    const auto length = static_cast<std::int32_t>(row->length().value);
+    rig.write(*row, 7, length - 9, length);
+  }
+  BOOST_TEST(rows_are(rig, *batch, {2, 4}));
+  select(*batch, {1});
+  BOOST_TEST(rig.holds(*fork->rows()[0], 2, 0, 61));
+  BOOST_TEST(figures_add_up(rig));
+  BOOST_CHECK_THROW(batch->fork({}), CapacityError);
+  const auto listed = rig.cache->batch({batch->rows()[0]});
+  BOOST_CHECK_THROW(listed->fork({}), InvalidArgument);
+}
+
 BOOST_AUTO_TEST_CASE(slots_come_back_when_batch_and_rows_are_gone) {
   Rig rig;
   auto batch = rows_of(rig, 8);
