@@ -27,7 +27,10 @@ PYTHON_OR_TORCH = re.compile(r"^(Python\.h|pybind11/|torch/|ATen/|c10/)")
 CUDA = re.compile(r"^(cuda|cuda_runtime|cuda_runtime_api|driver_types)\.h$")
 
 # What stands on the public API like any user's program; the rest of the package is below it.
-APPLICATIONS = {"demo", "cli", "doctor", "_machine", "_gpu", "_gpu_trial", "__main__"}
+APPLICATIONS = {
+    *("demo", "cli", "doctor", "_machine", "_gpu", "_gpu_trial", "__main__"),
+    "transformers",
+}
 # The modules that wrap the extension; all others use what these make of it.
 NATIVE_USERS = {"batch", "cache", "pool", "sequence"}
 

@@ -1,0 +1,192 @@
+"""The rows of one call, in one KVCache: what all layers that grow together share.
+
+transformers asks layer by layer; lengths belong to rows. The first layer that needs a length makes
+the rows reach it, in one native call, and the others find it reached.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence as Items
+from typing import Any
+
+import torch
+
+from kvspan import Batch, CapacityError, InvalidArgument, KVCache
+from kvspan.transformers.sizes import Sizes
+
+
+class Rows:
+    """Rows of equal length in adjacent slots; none before `bind`.
+
+    Parameters
+    ----------
+    windows
+        Of each layer, in order; None: it attends to all.
+    sizes
+        Of the cache to make, and of the batch.
+    cache
+        The cache to take slots of, instead of a new one.
+    """
+
+    def __init__(
+        self, windows: Items[int | None], sizes: Sizes, cache: KVCache | None = None
+    ) -> None:
+        self._windows = tuple(windows)
+        self._window = max((w for w in windows if w is not None), default=None)
+        self._sizes = sizes
+        self._given = cache
+        self._cache = cache
+        self._batch: Batch | None = None
+        self._n_slots = 0
+        self._planes: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._dropped = 0  # positions before it, in layers with windows
+        self.length = 0
+        self.records_past = False
+        """Whether windows keep all that they left, since `cut` may go back to it."""
+
+    @property
+    def cache(self) -> KVCache | None:
+        """Where the rows are; None before the first `bind` of a cache of their own."""
+        return self._cache
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the rows have slots."""
+        return self._batch is not None
+
+    def bind(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take slots for as many rows as these ``[rows, heads, tokens, dim]`` have.
+
+        Raises
+        ------
+        CapacityError
+            There are not so many adjacent free slots.
+        InvalidArgument
+            More rows than max_batch.
+        """
+        if self._batch is not None:
+            return
+        if self._cache is None:
+            self._cache = self._sizes.cache(self._windows, keys, values)
+        n_rows = keys.shape[0]
+        n_slots = self._sizes.n_slots(n_rows, spare=self._given is None)
+        batch = self._cache.batch(n_slots)
+        if n_slots > n_rows:  # the others stay reserved, for rows that are repeated
+            batch.select(range(n_rows))
+        self._batch, self._n_slots = batch, n_slots
+
+    def __len__(self) -> int:
+        return 0 if self._batch is None else len(self._batch)
+
+    def planes(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """Return the layer's keys and values, ``[rows, heads, positions, dim]``: views."""
+        found = self._planes.get(layer)
+        if found is None:
+            # A tensor that is made in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                found = tuple(plane.transpose(1, 2) for plane in self._bound.layer(layer))
+            self._planes[layer] = found
+        return found
+
+    def reach(self, length: int) -> None:
+        """Make positions up to `length` writable in all rows, or raise with nothing changed.
+
+        Raises
+        ------
+        CapacityError
+            `length` is more than the cache's max_seq_len.
+        OutOfMemory
+            The pool is too small.
+        """
+        if length <= self.length:
+            return
+        batch = self._bound
+        if length > (longest := self._in.max_seq_len):
+            raise CapacityError(
+                f"the cache holds {longest} tokens a row, not {length}; make it with a larger "
+                "max_len (of a KVCache: max_seq_len), which costs address space only"
+            )
+        if not self.records_past:
+            self._leave_windows()
+        batch.step(length - self.length)
+        self.length = length
+
+    def cut(self, length: int) -> None:
+        """Forget what is behind `length`.
+
+        Raises
+        ------
+        CapacityError
+            Windows have left what the next token would attend to.
+        """
+        if length < self.length:
+            if self._window is not None and max(0, length + 1 - self._window) < self._dropped:
+                raise CapacityError(
+                    f"cannot go back to {length} tokens: a window of {self._window} has left "
+                    f"positions before {self._dropped}"
+                )
+            for sequence in self._bound.sequences:
+                sequence.truncate(length)
+            self.length = length
+        if self.records_past:
+            self._leave_windows()
+
+    def select(self, rows: Items[int]) -> None:
+        """Make row i what row ``rows[i]`` was, by remapping pages."""
+        if self._batch is None or list(rows) == list(range(len(self))):
+            return
+        if len(rows) > self._n_slots:
+            raise CapacityError(
+                f"{len(rows)} rows are more than the {self._n_slots} slots that were taken for "
+                f"this cache; give it max_batch={len(rows)} or more"
+            )
+        self._batch.select(rows)
+        self._planes.clear()
+
+    def release(self) -> None:
+        """Give the slots back; a cache of their own is kept for the next rows."""
+        if self._batch is not None:
+            for sequence in self._batch.sequences:
+                sequence.release()
+        self._batch = None
+        self._planes.clear()
+        self._dropped = 0
+        self.length = 0
+
+    def close(self) -> None:
+        """Give the slots back, and a cache of their own too."""
+        self.release()
+        self._cache = self._given
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
+        """Return rows with the same tokens, as forks: pages are shared, not copied."""
+        other = copy.copy(self)
+        other._planes = {}
+        if self._batch is not None:
+            other._batch = self._batch.fork()
+        memo[id(self)] = other
+        return other
+
+    def _leave_windows(self) -> None:
+        """Give up what no window reaches any more, a page's worth of tokens at a time."""
+        if self._window is None or self._batch is None:
+            return
+        position = self.length + 1 - self._window
+        if position - self._dropped < min(self._in.tokens_per_page):
+            return
+        for sequence in self._batch.sequences:
+            sequence.drop_before(position)
+        self._dropped = position
+
+    @property
+    def _in(self) -> KVCache:
+        if self._cache is None:
+            raise InvalidArgument("nothing was written to this cache yet")
+        return self._cache
+
+    @property
+    def _bound(self) -> Batch:
+        if self._batch is None:
+            raise InvalidArgument("nothing was written to this cache yet")
+        return self._batch
