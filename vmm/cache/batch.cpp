@@ -280,15 +280,7 @@ std::shared_ptr<Batch> Batch::fork(Stream stream) {
     const std::scoped_lock lock(cache.mutex_);
     for (std::size_t row = 0; row < states_.size(); ++row) {
       const SequenceState& source = *states_[row];
-      SequenceState& state = *child->states_[row];
-      cache.update_mapped(state.slot);
-      state.dropped.store(source.dropped.load(std::memory_order_relaxed),
-                          std::memory_order_relaxed);
-      state.dropped_pages.store(source.dropped_pages.load(std::memory_order_relaxed),
-                                std::memory_order_relaxed);
-      state.length.store(source.length.load(std::memory_order_relaxed), std::memory_order_relaxed);
-      state.stream = stream;
-      cache.update_capacity(state);
+      cache.begin_as(*child->states_[row], source, source.tokens(), stream);
     }
   }
   // What a select has left of these slots is left of those, too.

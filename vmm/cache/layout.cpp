@@ -160,6 +160,8 @@ Layout::Layout(const std::vector<LayerSpec>& layers, const LayoutOptions& option
   struct Choice {
     std::int32_t layers_per_page = 0;
     double waste = 0, price = 0;
+    // Of memory and of time, which count alike: twice as much of one is worth half of the other.
+    double cost() const { return (1 + price) / (1 - waste); }
   };
   std::optional<Choice> best;
   std::int32_t too_long = 0;
@@ -173,7 +175,8 @@ Layout::Layout(const std::vector<LayerSpec>& layers, const LayoutOptions& option
     const double record_bytes =
         static_cast<double>(bytes_per_token().value) / static_cast<double>(layers.size());
     const double price = g > 1 && options.gaps_cost_time ? price_of_gaps(record_bytes) : 0.0;
-    if (!best || waste + price < best->waste + best->price) best = Choice{g, waste, price};
+    const Choice choice{g, waste, price};
+    if (!best || choice.cost() < best->cost()) best = choice;
   }
   if (!best) {
     // Not even one layer a page keeps the offsets short: take that, and say so.
