@@ -17,16 +17,43 @@ Tokens whole_tokens(const Space& space, std::size_t lane, std::size_t n_pages) {
       static_cast<std::int64_t>(bytes.value / space.layout().lanes()[lane].token_bytes.value));
 }
 
-// All pages of the frames that `pages` begin with, as far as they hold `n` of those.
-std::vector<PageEntry> whole_frames(std::span<const PageEntry> pages, Pages n) {
-  std::vector<PageEntry> frames;
-  while (frames.size() < n.value) {
-    const FrameId frame = pages[frames.size()].frame;
-    for (Pages offset{}; offset < pages_of(frame.size_class()); ++offset) {
-      frames.push_back({frame, offset});
+// How many of `pages`, from the first on, follow each other in one frame.
+std::size_t run_in_frame(std::span<const PageEntry> pages) {
+  std::size_t n = 1;
+  while (n < pages.size() && pages[n].frame == pages[0].frame &&
+         pages[n].offset_pages == pages[0].offset_pages + n) {
+    ++n;
+  }
+  return n;
+}
+
+// Undoes what would change a part of a frame, old or new, until nothing does.
+void keep_frames_whole(const Span& span, std::vector<PageEntry>& now) {
+  const Pages end(static_cast<std::uint32_t>(now.size()));
+  const auto may_change = [&](Pages page) {
+    const PageEntry entry = now[page.value];
+    const PageRange old = span.frame_of(page);
+    if (entry.offset() > page || old.last > end) return false;
+    for (Pages p = old.first; p < old.last; ++p) {
+      if (now[p.value] == span[p]) return false;
+    }
+    const Pages first = page - entry.offset();
+    const Pages n = pages_of(entry.frame.size_class());
+    if (first + n > end) return false;
+    for (Pages offset{}; offset < n; ++offset) {
+      if (now[(first + offset).value] != PageEntry(entry.frame, offset)) return false;
+    }
+    return true;
+  };
+  for (bool is_done = false; !is_done;) {
+    is_done = true;
+    for (Pages page{}; page < end; ++page) {
+      if (now[page.value] == span[page] || may_change(page)) continue;
+      const PageRange old = span.frame_of(page);
+      for (Pages p = old.first; p < std::min(old.last, end); ++p) now[p.value] = span[p];
+      is_done = false;
     }
   }
-  return frames;
 }
 
 }  // namespace
@@ -104,26 +131,29 @@ void Cache::plan_prefix(Edit& edit, SlotId to, const LanePages& pages, Tokens le
   for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
     const std::span<const PageEntry> source = pages[lane];
     const Span& target = space_->span(to, lane);
-    // Whole frames below the length are shared, as in a fork; the rest is copied.
-    Pages shared{};
-    const Pages below = space_->page_of(lane, length);
-    while (shared < below) {
-      const Pages end = shared + pages_of(source[shared.value].frame.size_class());
-      if (end > below) break;
-      shared = end;
-    }
+    const Pages below = space_->page_of(lane, length), end = space_->pages_for(lane, length);
     const Pages needed = space_->pages_with_overread(lane, length);
     std::vector<PageEntry> entries(std::max(needed, target.end()).value);
-    std::copy_n(source.begin(), shared.value, entries.begin());
-    for (Pages page = shared; page < needed; ++page) entries[page.value] = PageEntry::wanted();
-    space_->place(edit, to, lane, entries);
-
-    const Bytes tail = space_->byte_of(lane, length) - space_->page_size() * shared.value;
-    if (tail > Bytes(0)) {
-      const Pages n = space_->pages_for(lane, length) - shared;
-      edit.copy_from(target.address_of(shared), whole_frames(source.subspan(shared.value), n),
-                     tail);
+    std::fill_n(entries.begin(), needed.value, PageEntry::wanted());
+    // Whole frames below the length are shared, as in a fork, and what else there is is copied: the
+    // last page's beginning, and parts of frames, where chains branch inside of them.
+    Bytes left = space_->byte_of(lane, length);
+    for (Pages page{}; page < end;) {
+      const PageEntry first = source[page.value];
+      const Pages n(
+          static_cast<std::uint32_t>(run_in_frame(source.subspan(page.value, (end - page).value))));
+      const Pages frame_pages = pages_of(first.frame.size_class());
+      const Bytes size = std::min(left, space_->page_size() * n.value);
+      if (n == frame_pages && page + n <= below) {
+        std::copy_n(source.begin() + page.value, n.value, entries.begin() + page.value);
+      } else {
+        edit.copy_from(target.address_of(page), first.frame,
+                       space_->page_size() * first.offset_pages, size);
+      }
+      page += n;
+      left -= size;
     }
+    space_->place(edit, to, lane, entries);
   }
 }
 
@@ -193,25 +223,7 @@ void Cache::merge(SequenceState& state, std::span<const PrefixIndex::Chunk> chun
     for (const PrefixIndex::Chunk& chunk : chunks) {
       now.insert(now.end(), chunk.pages[lane].begin(), chunk.pages[lane].end());
     }
-    // Frames stay whole: one that only part of would change stays as it is, all of it.
-    const Pages end(static_cast<std::uint32_t>(now.size()));
-    for (bool is_settled = false; !is_settled;) {
-      is_settled = true;
-      for (Pages page{}; page < end; ++page) {
-        const PageEntry entry = now[page.value];
-        if (entry == span[page]) continue;
-        const Pages first = page - std::min(page, entry.offset());
-        const Pages last = first + pages_of(entry.frame.size_class());
-        bool is_whole = entry.offset() <= page && last <= end;
-        for (Pages p = first; is_whole && p < last; ++p) {
-          is_whole = now[p.value] == PageEntry(entry.frame, p - first);
-        }
-        if (is_whole) continue;
-        const PageRange own = span.frame_of(page);
-        for (Pages p = own.first; p < std::min(own.last, end); ++p) now[p.value] = span[p];
-        is_settled = false;
-      }
-    }
+    keep_frames_whole(span, now);
     space_->place(edit, state.slot, lane, now);
   }
   if (edit.is_empty()) return;

@@ -185,8 +185,12 @@ void Edit::commit() {
     for (Patch& patch : patches_) apply(patch);
     for (const Copy& c : copies_) copy_bytes(c.to, c.from, c.size);
     for (const Load& load : loads_) {
-      const Window window(*this, load.pages);
-      copy_bytes(load.to, window.base(), load.size);
+      std::vector<PageEntry> pages;
+      for (Pages page{}; page < pages_of(load.frame.size_class()); ++page) {
+        pages.push_back({load.frame, page});
+      }
+      const Window window(*this, pages);
+      copy_bytes(load.to, window.base() + load.offset, load.size);
     }
   } catch (...) {
     undo();

@@ -42,10 +42,10 @@ class Edit {
   // Copies bytes once everything is mapped. Both places are addresses after the edit.
   void copy(Address to, Address from, Bytes size) { copies_.push_back({to, from, size}); }
 
-  // The same from frames that need not be mapped anywhere; the caller holds references to them.
-  // `pages` are whole frames, of which the first `size` bytes are copied.
-  void copy_from(Address to, std::vector<PageEntry> pages, Bytes size) {
-    loads_.push_back({to, std::move(pages), size});
+  // The same from a place in a frame that need not be mapped anywhere; the caller holds a reference
+  // to it.
+  void copy_from(Address to, FrameId frame, Bytes offset, Bytes size) {
+    loads_.push_back({to, frame, offset, size});
   }
 
   // Unbacks the frames that lie whole in `range`.
@@ -87,8 +87,8 @@ class Edit {
 
   struct Load {
     Address to;
-    std::vector<PageEntry> pages;
-    Bytes size;
+    FrameId frame;
+    Bytes offset, size;
   };
 
   // `now` has an entry for each page of the range, or none at all: nothing is to back them.

@@ -78,6 +78,8 @@ void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out, Effort
   const Counts before_reclaiming = counts();
   const Bytes unused = before_reclaiming.capacity - before_reclaiming.in_use;
   const Bytes asked = size_of(wanted, page_size_);
+  // Nobody loses anything to a request that would fail all the same.
+  if (asked > unused + reclaimable_by_all()) throw_out_of_memory(asked);
   for (const bool wait : {false, true}) {
     // First only what the capacity lacks; if that does not do, the machine is short as well.
     Pages missing = wanted;
@@ -101,11 +103,18 @@ void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out, Effort
       if (wait) throw;
     }
   }
+  throw_out_of_memory(asked);
+}
+
+Bytes FrameStore::reclaimable_by_all() const noexcept {
+  Pages pages{};
+  for (const Reclaimer* reclaimer : reclaimers_) pages += reclaimer->reclaimable();
+  return size_of(pages, page_size_);
+}
+
+void FrameStore::throw_out_of_memory(Bytes asked) const {
   const Counts now = counts();
-  Pages kept{};
-  for (const Reclaimer* reclaimer : reclaimers_) kept += reclaimer->reclaimable();
-  throw OutOfMemory(size_of(wanted, page_size_), now.capacity - now.in_use,
-                    size_of(kept, page_size_),
+  throw OutOfMemory(asked, now.capacity - now.in_use, reclaimable_by_all(),
                     "the pool's capacity is " + to_string(now.capacity) +
                         ": release or truncate sequences, or make a larger pool");
 }
@@ -331,9 +340,7 @@ FrameStore::Counts FrameStore::counts() const noexcept {
 
 Bytes FrameStore::reclaimable() const noexcept {
   std::scoped_lock lock(pressure_);
-  Pages pages{};
-  for (const Reclaimer* reclaimer : reclaimers_) pages += reclaimer->reclaimable();
-  return size_of(pages, page_size_);
+  return reclaimable_by_all();
 }
 
 void FrameStore::add(Reclaimer* reclaimer) {

@@ -34,6 +34,7 @@ class Reclaimer {
   // Gives back about `wanted` pages, or what it has. With `wait`, also pages whose fence has yet to
   // be passed. Returns how many were given back. Must not block on a caller of `take`.
   virtual Pages reclaim(Pages wanted, bool wait) noexcept = 0;
+  // The most that it could give back.
   virtual Pages reclaimable() const noexcept = 0;
 
  protected:
@@ -123,6 +124,8 @@ class FrameStore {
   std::size_t frames_to_keep_ready(SizeClass c, Bytes& left) const noexcept;
   bool create_one(SizeClass c) noexcept;
   Pages release_free(Pages wanted);
+  Bytes reclaimable_by_all() const noexcept;                 // under pressure_
+  [[noreturn]] void throw_out_of_memory(Bytes asked) const;  // likewise
 
   const std::unique_ptr<Backend> backend_;
   const Bytes page_size_;

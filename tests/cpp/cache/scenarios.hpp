@@ -100,6 +100,18 @@ inline const std::vector<Operation>& operations() {
       {"truncate with shared pages", nothing, [](Scene& s) { s.forked->truncate(Tokens(1), {}); }},
       {"truncate with a surplus", [](Scene& s) { s.b->extend(Tokens(800), {}); },
        [](Scene& s) { s.b->truncate(Tokens(10), {}); }},
+      {"fork many, earlier", nothing, [](Scene& s) { s.a->fork(3, Tokens(60), {}); }},
+      {"publish", nothing, [](Scene& s) { s.a->publish(token_ids(1, 130), true, {}); }},
+      {"publish what is known",
+       [](Scene& s) { s.rig.grown(1, 130)->publish(token_ids(1, 130), false, {}); },
+       [](Scene& s) { s.a->publish(token_ids(1, 130), true, {}); }},
+      {"begin with a prefix", [](Scene& s) { s.a->publish(token_ids(1, 130), true, {}); },
+       [](Scene& s) { s.rig.cache->sequence(token_ids(1, 120), "", Tokens(0), {}); }},
+      {"reorder", nothing,
+       [](Scene& s) {
+         const std::shared_ptr<Sequence> both[] = {s.a, s.forked};
+         s.rig.cache->reorder(both, std::vector<std::int32_t>{1, 1}, {});
+       }},
       {"release", nothing, [](Scene& s) { s.forked->release({}); }},
       {"select", nothing, [](Scene& s) { s.select({2, 0, 0}); }},
       {"select fewer", nothing, [](Scene& s) { s.select({1}); }},
@@ -130,7 +142,7 @@ inline const std::vector<Operation>& operations() {
 template <class F>
 void for_each_shape(F f) {
   const std::pair<std::int32_t, std::optional<Tokens>> lanes_and_windows[] = {
-      {0, {}}, {1, {}}, {0, Tokens(160)}};
+      {2, {}}, {1, {}}, {2, Tokens(160)}};
   for (const std::uint8_t largest_class : {std::uint8_t{0}, std::uint8_t{2}}) {
     for (const auto& [layers_per_page, static_len] : lanes_and_windows) {
       f(RigOptions{.n_pages = 160,

@@ -23,9 +23,14 @@ bool live(Rig& rig, std::int32_t mark, std::uint32_t seed) {
   const auto end = std::chrono::steady_clock::now() + kDuration;
   while (std::chrono::steady_clock::now() < end) {
     try {
-      const int choice = below(8);
+      const int choice = below(10);
       if (mine.empty() || choice == 0) {
         mine.push_back(rig.cache->sequence(Tokens(below(200))));
+        continue;
+      }
+      if (choice == 8) {
+        mine.push_back(rig.cache->sequence(token_ids(mark, below(400)), "", Tokens(0)));
+        ok = ok && rig.holds(*mine.back(), mark, 0, mine.back()->length().value);
         continue;
       }
       auto& s = mine[static_cast<std::size_t>(below(static_cast<int>(mine.size())))];
@@ -39,6 +44,9 @@ bool live(Rig& rig, std::int32_t mark, std::uint32_t seed) {
         auto child = s->fork(1, {}, {}).front();
         ok = ok && rig.holds(*child, mark, 0, length);
         mine.push_back(std::move(child));
+      } else if (choice == 9) {
+        s->publish(token_ids(mark, length), below(2) == 0, {});
+        ok = ok && rig.holds(*s, mark, 0, length);
       } else if (choice == 6) {
         const auto batch = rig.cache->batch(mine);
         batch->step(Tokens(1), {});
@@ -75,7 +83,8 @@ void share_a_pool(std::uint8_t largest_class) {
   std::vector<std::thread> threads;
   for (std::int32_t i = 0; i < 4; ++i) {
     threads.emplace_back([&, i] {
-      n_right += live(i % 2 == 0 ? first : second, i + 1, static_cast<std::uint32_t>(i));
+      // The same tokens in both threads of a cache: what one publishes the other begins with.
+      n_right += live(i % 2 == 0 ? first : second, i % 2 + 1, static_cast<std::uint32_t>(i));
     });
   }
   for (std::thread& thread : threads) thread.join();
