@@ -30,9 +30,9 @@ class NotInstalledError(Exception):
 
 
 def install() -> None:
-    """Download transformers and what it needs (110 MB) into a folder beside the build folders.
+    """Download transformers and what it needs (280 MB on disk) beside the build folders.
 
-    Torch is not among it, and psutil must be: without it no memory is found for the cache.
+    Torch is not among it; psutil is, without which transformers finds no memory for its cache.
     """
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(FOLDER)]
     subprocess.run([*command, f"transformers=={VERSION}", "psutil"], check=True)
