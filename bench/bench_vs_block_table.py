@@ -68,9 +68,10 @@ def others(
     """Return what other projects do."""
     lengths, q = problem.lengths(), problem.queries()[:, 0]
     table, pools = block_table(problem, plain, 16)
+    gathered = [gather.PagedCache(k, v, table) for k, v in pools]
     found = {
         "gather blocks of 16, SDPA": lambda: torch.stack(
-            [gather.attend(q, k, v, table) for k, v in pools]
+            [cache.attend(q, lengths) for cache in gathered]
         )
     }
     if (
@@ -78,7 +79,9 @@ def others(
         and problem.shape.rows * problem.shape.tokens <= MOST_TOKENS_OF_TRANSFORMERS
     ):
         paged = [transformers_paged.PagedCache(k, v, q.shape[1]) for k, v in plain]
-        found["transformers, paged"] = lambda: torch.stack([cache.attend(q) for cache in paged])
+        found["transformers, paged"] = lambda: torch.stack(
+            [cache.attend(q, lengths) for cache in paged]
+        )
     if args.vllm:
         of_vllm = [vllm_paged.PagedCache(k, v, 128) for k, v in plain]
 
@@ -130,8 +133,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--install-vllm", action="store_true", help="download it first (a wheel of 130 MB)"
     )
+    parser.add_argument("--transformers", action="store_true", help="beside transformers")
     parser.add_argument(
-        "--transformers", action="store_true", help="beside transformers, if it is installed"
+        "--install-transformers", action="store_true", help="download it first (280 MB unpacked)"
     )
     parser.add_argument(
         "--quick", action="store_true", help="one layer each, nothing checked but that all agree"
@@ -144,6 +148,8 @@ def run(args: argparse.Namespace) -> Result:
     torch.set_num_threads(args.threads)
     if args.install_vllm:
         vllm_paged.install()
+    if args.install_transformers:
+        transformers_paged.install()
     result = Result({}, parameters={"threads": args.threads})
     panels: dict[str, dict[str, dict[str, float]]] = {}
     for name in args.dtypes:
