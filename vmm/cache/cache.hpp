@@ -188,7 +188,6 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
                  Stream stream);
   void merge(SequenceState& state, std::span<const PrefixIndex::Chunk> chunks,
              const PrefixIndex::Found& known, Stream stream);
-  std::vector<Tokens> chunk_ends(std::size_t n_tokens) const;
   void plan_prefix(Edit& edit, SlotId to, const LanePages& pages, Tokens length);
   Pages evict_prefixes(Pages wanted) noexcept;
 

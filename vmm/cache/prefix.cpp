@@ -56,37 +56,33 @@ void keep_frames_whole(const Span& span, std::vector<PageEntry>& now) {
   }
 }
 
-}  // namespace
-
 // The lane that fills slowest decides: a chunk ends with the first token that touches no page up to
 // there any more.
-std::vector<Tokens> Cache::chunk_ends(std::size_t n_tokens) const {
-  Bytes record = space_->layout().lanes().front().token_bytes;
-  for (const Lane& lane : space_->layout().lanes()) record = std::min(record, lane.token_bytes);
+std::vector<Tokens> chunk_ends(const Space& space, std::size_t n_tokens) {
+  Bytes record = space.layout().lanes().front().token_bytes;
+  for (const Lane& lane : space.layout().lanes()) record = std::min(record, lane.token_bytes);
   std::vector<Tokens> ends;
   std::int64_t end = 0;
   for (std::uint64_t page = 1; end < static_cast<std::int64_t>(n_tokens); ++page) {
-    end = std::max(
-        end + 1, static_cast<std::int64_t>(div_up(space_->page_size().value * page, record.value)));
+    end = std::max(end + 1,
+                   static_cast<std::int64_t>(div_up(space.page_size().value * page, record.value)));
     ends.push_back(Tokens(end));
   }
   return ends;
 }
 
+}  // namespace
+
 std::shared_ptr<Sequence> Cache::sequence(std::span<const std::int32_t> tokens, std::string salt,
                                           Tokens expected, Stream stream) {
-  check_usable();
-  {
-    const std::scoped_lock lock(mutex_);
-    check_open();
-  }
+  const std::shared_ptr<Space> space = this->space();  // another thread may close the cache
   // The last token is always computed: what follows it is what the caller is after.
   const Tokens most(std::max<std::int64_t>(static_cast<std::int64_t>(tokens.size()) - 1, 0));
-  PrefixIndex::Found found = prefixes_.find(salt, tokens, chunk_ends(tokens.size()), most);
+  PrefixIndex::Found found = prefixes_.find(salt, tokens, chunk_ends(*space, tokens.size()), most);
   Tokens length = found.tokens;
   for (std::size_t lane = 0; lane < found.pages.size(); ++lane) {
     // A token that straddles into the next page is not there yet.
-    length = std::min(length, whole_tokens(*space_, lane, found.pages[lane].size()));
+    length = std::min(length, whole_tokens(*space, lane, found.pages[lane].size()));
   }
   if (!tokens.empty()) prefixes_.count(length);
   if (length == Tokens(0)) {
@@ -104,7 +100,9 @@ std::shared_ptr<Sequence> Cache::sequence(std::span<const std::int32_t> tokens, 
   try {
     settle(state->slot);
     for (const Fence& written : found.written) {
-      if (!store_->backend().is_passed(written)) store_->backend().order_after(stream, written);
+      if (store_->backend().is_passed(written)) continue;
+      space_->account().add(Call::order_after, 1);
+      store_->backend().order_after(stream, written);
     }
     if (space_->has_windows()) store_->backend().wait(store_->backend().record_fence(stream));
     Edit edit = space_->edit(stream);
@@ -165,7 +163,7 @@ Tokens Cache::publish(SequenceState& state, std::span<const std::int32_t> tokens
   }
   follow(state, stream);
   const std::scoped_lock table(state.table);
-  const std::vector<Tokens> ends = chunk_ends(tokens.size());
+  const std::vector<Tokens> ends = chunk_ends(*space_, tokens.size());
   const auto pages_before = [&](std::size_t lane, std::size_t chunk) {
     if (chunk == 0) return Pages(0);
     return Pages(space_->page_of(lane, ends[chunk - 1]));
@@ -202,6 +200,7 @@ Tokens Cache::publish(SequenceState& state, std::span<const std::int32_t> tokens
     }
   }
   Pages new_pages{};
+  space_->account().add(Call::record_fence, 1);
   const Fence written = store_->backend().record_fence(stream);
   const PrefixIndex::Found known = prefixes_.publish(state.salt, chunks, written, new_pages);
   shared_pages_.fetch_add(new_pages.value, std::memory_order_relaxed);
