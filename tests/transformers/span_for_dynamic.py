@@ -28,8 +28,11 @@ class SpanForDynamic(SpanCache):
             return DynamicCache(*data, offloading=True, **options)
         return super().__new__(cls)
 
+    n_made = 0
+
     def __init__(self, ddp_cache_data: Any = None, config: Any = None, **options: Any) -> None:
         super().__init__(config, pool=POOL)
+        SpanForDynamic.n_made += 1
         for layer, (keys, values, *_) in enumerate(ddp_cache_data or ()):
             if keys is not None:
                 self.update(keys, values, layer)
@@ -40,3 +43,7 @@ def pytest_configure(config: Any) -> None:
         if getattr(module, "__dict__", {}).get("DynamicCache") is DynamicCache:
             module.DynamicCache = SpanForDynamic  # type: ignore[attr-defined]
     assert transformers.DynamicCache is SpanForDynamic
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    terminalreporter.write_line(f"{SpanForDynamic.n_made} caches were a SpanCache")

@@ -9,7 +9,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from models import ALL, make, prompt  # noqa: E402
+from small_models import ALL, make, prompt  # noqa: E402
 
 import kvspan  # noqa: E402
 from kvspan.transformers import EncoderDecoderSpanCache, SpanCache, attention  # noqa: E402

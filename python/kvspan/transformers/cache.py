@@ -123,7 +123,7 @@ class SpanCache(DynamicCache):  # type: ignore[misc]  # transformers is not read
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows, in this order; `indices` is what may index a tensor of rows."""
-        rows = torch.arange(self._n_rows())[indices].tolist()
+        rows = torch.arange(self._n_rows())[indices, ...].tolist()
         self._select(rows, lambda layer: layer.batch_select_indices(indices))
 
     def release(self) -> None:

@@ -146,10 +146,7 @@ class Rows:
 
     def release(self) -> None:
         """Give the slots back; a cache of their own is kept for the next rows."""
-        if self._batch is not None:
-            for sequence in self._batch.sequences:
-                sequence.release()
-        self._batch = None
+        self._batch = None  # the last reference to its sequences
         self._planes.clear()
         self._dropped = 0
         self.length = 0

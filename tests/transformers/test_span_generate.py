@@ -10,7 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from models import ALL, DECODERS, WINDOW, make, prompt  # noqa: E402
+from small_models import ALL, DECODERS, WINDOW, make, prompt  # noqa: E402
 
 import kvspan  # noqa: E402
 from kvspan.transformers import EncoderDecoderSpanCache, SpanCache  # noqa: E402
