@@ -33,7 +33,7 @@ BUILD_TOOLS := cmake ninja $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pypr
 
 CPP_SOURCES := $(shell find vmm flash_compat/kernel -name '*.cpp' -o -name '*.hpp' -o -name CMakeLists.txt)
 CPP_FILES := $(shell find vmm flash_compat tests/cpp tests/emulator bench/cpp -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
-PYTHON_FILES := $(wildcard python bench tools tests flash_compat)
+PYTHON_FILES := $(wildcard python bench tools tests flash_compat examples)
 
 .PHONY: help demo test test-cpp test-python test-emulator bench lint format sanitize sanitize-address \
         sanitize-thread emulator stubs build clean

@@ -272,6 +272,41 @@ def test_errors_say_what_to_do(pool: kvspan.Pool) -> None:
         SpanCache(shared)
 
 
+def test_a_call_begins_with_what_earlier_ones_committed(pool: kvspan.Pool) -> None:
+    model = make("llama")
+    config = model.config
+    cache = kvspan.KVCache(
+        pool,
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.head_dim,
+        torch.float32,
+        max_seqs=8,
+        max_seq_len=4096,
+    )
+    torch.manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (2, 700))
+    known = []
+    for _ in range(3):  # turns
+        wanted = model.generate(ids, max_new_tokens=5, do_sample=False)
+        with SpanCache(cache, token_ids=ids) as rows:
+            known.append(rows.get_seq_length())
+            ours = model.generate(ids, past_key_values=rows, max_new_tokens=5, do_sample=False)
+            rows.commit(ours)
+        assert torch.equal(ours, wanted)
+        said = torch.randint(0, config.vocab_size, (2, 300))
+        ids = torch.cat([ours, said], dim=1)
+    per_page = int(min(cache.tokens_per_page))
+    assert known[0] == 0
+    assert 704 - per_page < known[1] <= 704
+    assert 1009 - per_page < known[2] <= 1009
+    assert SpanCache(cache, token_ids=ids, salt="another").get_seq_length() == 0
+    assert cache.stats().n_sequences == 0
+    with pytest.raises(kvspan.InvalidArgument, match="go with a KVCache"):
+        SpanCache(config, token_ids=ids)
+    cache.close()
+
+
 def test_sizes_that_nobody_gave(pool: kvspan.Pool) -> None:
     with SpanCache(make("llama").config) as cache:
         write(cache, 1, 1)

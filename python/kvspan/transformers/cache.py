@@ -45,6 +45,12 @@ class SpanCache(DynamicCache):  # type: ignore[misc]  # transformers is not read
     max_len
         Tokens of a row. Address space, not memory; by default what the model can take, and at least
         32,768.
+    token_ids
+        With a `KVCache`: the prompts of the call, ``[rows, tokens]``, not padded. The rows begin
+        with as many of their tokens as earlier calls have committed of all of them (`commit`);
+        ``get_seq_length()`` says how many, and `generate` computes the rest.
+    salt
+        Calls of different salts share nothing.
     max_batch
         Rows that `batch_repeat_interleave` may lead to; by default four times those of the first
         call, and at least 16. With a `KVCache`: those of the first call.
@@ -73,12 +79,24 @@ class SpanCache(DynamicCache):  # type: ignore[misc]  # transformers is not read
         capacity: int | str | None = None,
         max_len: int | None = None,
         max_batch: int | None = None,
+        token_ids: torch.Tensor | None = None,
+        salt: str = "",
     ) -> None:
         if isinstance(source, KVCache):
             if not (pool is None and capacity is None and max_len is None):
                 raise InvalidArgument("a KVCache has a pool and a max_seq_len of its own")
-            Cache.__init__(self, layers=_layers_in(source, max_batch))
+            layers = _layers_in(source, max_batch)
+            if token_ids is not None:
+                if token_ids.dim() != 2 or len(token_ids) == 0:
+                    shape = tuple(token_ids.shape)
+                    raise InvalidArgument(f"token_ids must be [rows, tokens], not {shape}")
+                layers[0].rows.begin_with(token_ids, salt)
+                for layer in layers:
+                    layer.length = layer.rows.length
+            Cache.__init__(self, layers=layers)
             return
+        if token_ids is not None or salt:
+            raise InvalidArgument("token_ids and salt go with a KVCache, which outlives the call")
         if not (source is None or isinstance(source, PreTrainedConfig)):
             raise InvalidArgument(
                 f"SpanCache takes a model's config or a KVCache, not {type(source).__name__}"
@@ -125,6 +143,18 @@ class SpanCache(DynamicCache):  # type: ignore[misc]  # transformers is not read
         """Keep these rows, in this order; `indices` is what may index a tensor of rows."""
         rows = torch.arange(self._n_rows())[indices, ...].tolist()
         self._select(rows, lambda layer: layer.batch_select_indices(indices))
+
+    def commit(self, token_ids: torch.Tensor) -> None:
+        """Let later calls begin with these tokens (`SpanCache` with ``token_ids``).
+
+        Parameters
+        ----------
+        token_ids
+            ``[rows, tokens]``: all tokens of every row, prompt first, such as `generate` returns.
+            Those whose keys and values the cache does not hold yet are left out.
+        """
+        for rows in self._rows():
+            rows.commit(token_ids)
 
     def release(self) -> None:
         """Give the slots back, and the memory of a cache of its own. The cache is empty then.

@@ -76,6 +76,29 @@ class Rows:
             batch.select(range(n_rows))
         self._batch, self._n_slots = batch, n_slots
 
+    def begin_with(self, token_ids: torch.Tensor, salt: str) -> None:
+        """Take slots for rows that begin with what is known of prompts ``[rows, tokens]``.
+
+        As many tokens as are known of all of them. Takes one slot more for a moment.
+        """
+        n_rows = len(token_ids)
+        n_slots = self._sizes.n_slots(n_rows, spare=self._given is None)
+        self._batch, self._n_slots = self._in.batch(n_slots), n_slots
+        if n_slots > n_rows:
+            self._batch.select(range(n_rows))
+        rows = self._batch.sequences
+        for row, ids in zip(rows, token_ids, strict=True):
+            with self._in.sequence(token_ids=ids, salt=salt) as known:
+                self._in.reorder([row, known], [1, 0])  # into the row's slot
+        self.length = min(len(row) for row in rows)
+        for row in rows:
+            row.truncate(self.length)
+
+    def commit(self, token_ids: torch.Tensor) -> None:
+        """Let others begin with the tokens ``[rows, at least length]`` of these rows."""
+        for sequence, ids in zip(self._bound.sequences, token_ids, strict=True):
+            sequence.commit(ids[: self.length])
+
     def __len__(self) -> int:
         return 0 if self._batch is None else len(self._batch)
 
