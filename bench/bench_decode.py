@@ -11,7 +11,6 @@ the wall's. `vs-block-table` compares with block tables.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench_attention import TIMES_CACHE, last_level_cache
-from decode_attention import Layers, batches, dense, fill, is_close, span_layers, speed
-from decode_problem import LLAMA, Problem, reader
+from decode_attention import Layers, batches, dense, fill, span_layers, speed
+from decode_problem import LLAMA, Problem, compare_and_time
 from flash_compat.native import decode
-from harness import BenchError, Expectation, Result, Series, interleave
+from harness import Expectation, Result, Series
 
 NAME = "decode"
 LEAST_SHARE = 0.65
@@ -110,15 +109,7 @@ def measure(problem: Problem, args: argparse.Namespace) -> dict[str, Series]:
     compared = cases(problem, plain, spans)
     if args.only_kernel:
         compared = {name: case for name, case in compared.items() if name.startswith("kernel")}
-    first = compared["kernel"]()
-    for name, case in compared.items():
-        if not is_close(first, case()):
-            raise BenchError(f"{problem.name}: {name} gives something else")
-    series = interleave(
-        {"read": reader(problem, plain), **compared},
-        args.repeats,
-        clock=time.process_time_ns if args.threads == 1 else time.perf_counter_ns,
-    )
+    series = compare_and_time(problem, plain, compared, args)
     batches.clear()
     for cache, _ in stores.values():
         cache.close()

@@ -14,7 +14,6 @@ taken, on more the wall's.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,10 +23,10 @@ from torch import Tensor
 import plots
 from baselines import gather, transformers_paged, vllm_paged
 from bench_attention import TIMES_CACHE, last_level_cache
-from decode_attention import Layers, batches, dense, fill, is_close, span_layers, speed
-from decode_problem import LLAMA, Problem, block_table, reader
+from decode_attention import Layers, batches, dense, fill, span_layers, speed
+from decode_problem import LLAMA, Problem, block_table, compare_and_time
 from flash_compat.native import decode
-from harness import BenchError, Expectation, Result, Series, interleave
+from harness import Expectation, Result, Series
 
 NAME = "vs-block-table"
 BLOCK_SIZES = (16, 32, 128)
@@ -107,16 +106,7 @@ def measure(problem: Problem, args: argparse.Namespace) -> dict[str, Series]:
     for layers in spans.values():
         fill(layers)
     compared = kernels(problem, plain, spans) | others(problem, plain, args)
-    names = list(compared)
-    first = compared[names[0]]()
-    for name, case in compared.items():
-        if not is_close(first, case()):
-            raise BenchError(f"{problem.name}: {name} gives something else")
-    series = interleave(
-        {"read": reader(problem, plain), **compared},
-        args.repeats,
-        clock=time.process_time_ns if args.threads == 1 else time.perf_counter_ns,
-    )
+    series = compare_and_time(problem, plain, compared, args)
     batches.clear()
     for cache, _ in stores.values():
         cache.close()

@@ -5,13 +5,16 @@ Keys and values are the layers of decode_attention.py.
 
 from __future__ import annotations
 
+import argparse
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from decode_attention import Layers, Shape
+from decode_attention import Layers, Shape, is_close
+from harness import BenchError, Series, interleave
 
 LLAMA = Shape("", 1, 8, 4, 128, torch.bfloat16)  # one layer of Llama-3-8B
 
@@ -79,3 +82,24 @@ def reader(problem: Problem, layers: Layers) -> Callable[[], object]:
         lengths = problem.lengths().tolist()
         planes = [plane[row, :n] for plane in planes for row, n in enumerate(lengths)]
     return lambda: [plane.sum() for plane in planes]
+
+
+def compare_and_time(
+    problem: Problem,
+    plain: Layers,
+    cases: dict[str, Callable[[], Tensor]],
+    args: argparse.Namespace,
+) -> dict[str, Series]:
+    """Require that all cases agree; time them and the reading of dense layers in turn.
+
+    On one thread that is CPU time, on more the wall's.
+    """
+    first = next(iter(cases.values()))()
+    for name, case in cases.items():
+        if not is_close(first, case()):
+            raise BenchError(f"{problem.name}: {name} gives something else")
+    return interleave(
+        {"read": reader(problem, plain), **cases},
+        args.repeats,
+        clock=time.process_time_ns if args.threads == 1 else time.perf_counter_ns,
+    )
