@@ -163,6 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     """Replay."""
+    torch.set_num_threads(1)  # other threads would only wait
     requests = read_trace(args.trace)[: QUICK_REQUESTS if args.quick else None]
     prompts = sum(request.n_prompt for request in requests)
     bound = upper_bound(requests)
