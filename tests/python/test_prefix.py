@@ -104,6 +104,21 @@ def test_branches(cache: KVCache) -> None:
     assert cache.stats().prefixes.n_published == 2 + 3
 
 
+def test_many_branches_are_told_apart(cache: KVCache) -> None:
+    # The last chunk of one of many: the one that agrees longest is found among all.
+    trunk = prompt(60)
+    ends = [torch.cat([trunk, torch.full((100,), seed), prompt(1, seed)]) for seed in range(5)]
+    ends += [torch.cat([trunk, torch.full((30,), 7), prompt(80, seed)]) for seed in range(5)]
+    for ids in ends:
+        committed(cache, ids).release()
+    for ids in ends:
+        for n in (61, 75, 91, 100, 104):
+            cut = torch.cat([ids[:n], torch.tensor([49_999, 49_998])])
+            with cache.sequence(token_ids=cut) as sequence:
+                assert sequence.length == n
+                check(cache, sequence, cut)
+
+
 def test_salts_share_nothing(cache: KVCache) -> None:
     ids = prompt(150)
     committed(cache, ids, salt="tenant a")

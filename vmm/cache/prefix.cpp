@@ -84,10 +84,10 @@ std::shared_ptr<Sequence> Cache::sequence(std::span<const std::int32_t> tokens, 
     // A token that straddles into the next page is not there yet.
     length = std::min(length, whole_tokens(*space, lane, found.pages[lane].size()));
   }
-  if (!tokens.empty()) prefixes_.count(length);
   if (length == Tokens(0)) {
     std::shared_ptr<Sequence> made = sequence(expected, stream);
     made->state()->salt = std::move(salt);
+    if (!tokens.empty()) prefixes_.count(length);
     return made;
   }
 
@@ -122,6 +122,7 @@ std::shared_ptr<Sequence> Cache::sequence(std::span<const std::int32_t> tokens, 
   }
   state->table.unlock();
   state->unclaim();
+  prefixes_.count(length);
   return std::make_shared<Sequence>(shared_from_this(), std::move(state));
 }
 

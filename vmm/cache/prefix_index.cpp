@@ -37,21 +37,14 @@ PrefixIndex::Found PrefixIndex::find(const std::string& salt, std::span<const st
     const auto size = static_cast<std::size_t>(end.value) - begin;
     Node* next = size <= rest.size() ? child(*last, rest.first(size)) : nullptr;
     if (next == nullptr) {
-      // The one that agrees longest, and what it agrees in.
-      std::size_t longest = 0;
-      for (Node* other : last->children) {
-        const std::size_t n = n_agreeing(other->tokens, rest);
-        if (n > longest) {
-          longest = n;
-          next = other;
-        }
-      }
-      // Where none does, any has the rest of a token that straddles out of the last chunk.
-      if (next == nullptr && begin > 0 && !last->children.empty()) next = last->children.front();
-      if (next == nullptr) break;
+      next = nearest_child(*last, rest);
+      const std::size_t n = next == nullptr ? 0 : n_agreeing(next->tokens, rest);
+      // One that does not agree at all still has the rest of a token that straddles out of the last
+      // chunk.
+      if (next == nullptr || begin + n == 0) break;
       append(*next, found);
       last = next;
-      begin += longest;
+      begin += n;
       break;
     }
     append(*next, found);
@@ -73,15 +66,15 @@ PrefixIndex::Found PrefixIndex::publish(const std::string& salt, std::span<Chunk
                                         Fence written, Pages& new_pages) {
   Found known(store_);
   const std::scoped_lock lock(mutex_);
-  std::unique_ptr<Node>& root = roots_[salt];
-  if (!root) {
-    root = std::make_unique<Node>();
-    root->hash = TokenHash::of(salt);
+  const auto at = roots_.try_emplace(salt).first;
+  if (!at->second) {
+    at->second = std::make_unique<Node>();
+    at->second->salt = &at->first;
+    at->second->hash = TokenHash::of(salt);
   }
-  Node* last = root.get();
+  Node* last = at->second.get();
   for (Chunk& chunk : chunks) {
     if (Node* node = child(*last, chunk.tokens)) {
-      chunk.is_known = true;
       if (chunk.pages != node->pages) {
         chunk.pages = node->pages;
         append(*node, known);
@@ -104,6 +97,20 @@ PrefixIndex::Node* PrefixIndex::child(Node& parent, std::span<const std::int32_t
   return node->parent == &parent && std::ranges::equal(node->tokens, tokens) ? node : nullptr;
 }
 
+PrefixIndex::Node* PrefixIndex::nearest_child(const Node& parent,
+                                              std::span<const std::int32_t> tokens) {
+  // What agrees longest stands beside the place where the tokens would.
+  const auto& all = parent.children;
+  const auto behind = std::ranges::partition_point(all, [&](const Node* node) {
+    return std::ranges::lexicographical_compare(node->tokens, tokens);
+  });
+  if (behind == all.begin()) return all.empty() ? nullptr : all.front();
+  Node* const before = *std::prev(behind);
+  if (behind == all.end()) return before;
+  const bool is_behind = n_agreeing((*behind)->tokens, tokens) > n_agreeing(before->tokens, tokens);
+  return is_behind ? *behind : before;
+}
+
 PrefixIndex::Node& PrefixIndex::add(Node& parent, const Chunk& chunk, Fence written,
                                     Pages& new_pages) {
   auto made = std::make_unique<Node>();
@@ -113,11 +120,19 @@ PrefixIndex::Node& PrefixIndex::add(Node& parent, const Chunk& chunk, Fence writ
   node.tokens.assign(chunk.tokens.begin(), chunk.tokens.end());
   node.pages = chunk.pages;
   node.written = written;
+  std::list<Node*> place{&node};
   parent.children.reserve(parent.children.size() + 1);
-  const bool is_first = parent.parent == nullptr;
-  node.place = recent_.insert(is_first ? recent_.begin() : std::next(parent.place), &node);
+  for_each_frame(node.pages, [&](FrameId frame) { users_.try_emplace(frame, 0u); });
   nodes_.emplace(node.hash, std::move(made));
-  parent.children.push_back(&node);
+
+  // From here on nothing allocates.
+  const bool is_first = parent.parent == nullptr;
+  node.place = place.begin();
+  recent_.splice(is_first ? recent_.begin() : std::next(parent.place), place);
+  parent.children.insert(
+      std::ranges::partition_point(parent.children,
+                                   [&](const Node* other) { return other->tokens < node.tokens; }),
+      &node);
   for_each_frame(node.pages, [&](FrameId frame) {
     if (users_[frame]++ > 0) return;
     store_.share(frame);
@@ -164,7 +179,9 @@ Pages PrefixIndex::remove(Node& node) noexcept {
     figures_.held -= pages_of(frame.size_class());
     freed += store_.give({&frame, 1});
   });
-  std::erase(node.parent->children, &node);
+  Node& parent = *node.parent;
+  std::erase(parent.children, &node);
+  if (parent.salt != nullptr && parent.children.empty()) roots_.erase(roots_.find(*parent.salt));
   recent_.erase(node.place);
   nodes_.erase(TokenHash(node.hash));
   ++figures_.n_evicted;

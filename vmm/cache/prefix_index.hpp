@@ -29,8 +29,8 @@ namespace kvspan {
 using LanePages = std::vector<std::vector<PageEntry>>;  // by lane, one behind the other
 
 struct PrefixFigures {
-  std::uint64_t n_hits = 0, n_misses = 0;        // lookups that found at least a token, or none
-  std::uint64_t n_hit_tokens = 0;                // found by all of them
+  std::uint64_t n_hits = 0, n_misses = 0;        // sequences that began with a token, or with none
+  std::uint64_t n_hit_tokens = 0;                // that all of them began with
   std::uint64_t n_published = 0, n_evicted = 0;  // chunks
   Pages held;                                    // pages of frames that the index references
 };
@@ -65,14 +65,13 @@ class PrefixIndex {
   Found find(const std::string& salt, std::span<const std::int32_t> tokens,
              std::span<const Tokens> chunk_ends, Tokens most);
 
-  // For the figures: how many of the tokens found a sequence began with.
+  // For the figures: how many of the tokens that were found a sequence began with.
   void count(Tokens used);
 
-  // What `publish` is given of one chunk, and what it found there.
+  // What `publish` is given of one chunk, and what it found there: pages that were known already.
   struct Chunk {
     std::span<const std::int32_t> tokens;
     LanePages pages;
-    bool is_known = false;  // others had published it: `pages` are now theirs, if they differ
   };
 
   // Makes a chain known, from its first chunk on. Returns references to the frames of those chunks
@@ -91,16 +90,18 @@ class PrefixIndex {
 
  private:
   struct Node {
-    Node* parent = nullptr;
+    Node* parent = nullptr;             // a root has none
+    const std::string* salt = nullptr;  // of a root
     TokenHash hash;
     std::vector<std::int32_t> tokens;
     LanePages pages;
     Fence written;
-    std::vector<Node*> children;
-    std::list<Node*>::iterator place{};  // in recent_; a root has none
+    std::vector<Node*> children;         // in the order of their tokens
+    std::list<Node*>::iterator place{};  // in recent_; not of a root
   };
 
   Node* child(Node& parent, std::span<const std::int32_t> tokens) const;
+  static Node* nearest_child(const Node& parent, std::span<const std::int32_t> tokens);
   Node& add(Node& parent, const Chunk& chunk, Fence written, Pages& new_pages);
   void touch(Node* node);
   bool is_mapped(const Node& node) const;
