@@ -8,7 +8,7 @@ in fp32, some query rows at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -22,8 +22,7 @@ _MAX_FOLDED_QUERIES = 64
 _SCORE_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """How scores are made of products: scaled, capped, biased, masked."""
 
     scale: float
@@ -35,7 +34,7 @@ class Score:
         """Return the same for one row of a batch."""
         if self.alibi_slopes is None or self.alibi_slopes.dim() == 1:
             return self
-        return replace(self, alibi_slopes=self.alibi_slopes[row])
+        return self._replace(alibi_slopes=self.alibi_slopes[row])
 
 
 def attend(

@@ -67,7 +67,7 @@ def flash_attn_func(
     score = _score(q, softmax_scale, causal, window_size, softcap, alibi_slopes, batch=q.shape[0])
     if k.shape[0] != q.shape[0]:
         raise InvalidArgument(f"q has {q.shape[0]} rows, k and v have {k.shape[0]}")
-    if (function := _of_a_package(flash_attn_func, locals())) is not None:
+    if q.is_cuda and (function := _of_a_package(flash_attn_func, locals())) is not None:
         return function(q, k, v)
     checks.check_no_dropout(dropout_p)
     rows = Rows(k, v, _lengths(k.shape[1], q))
@@ -179,7 +179,7 @@ def flash_attn_varlen_func(
     checks.check_ints(cu_seqlens_k, "cu_seqlens_k", (batch + 1,))
     checks.check_ints(block_table, "block_table", (batch, -1))
     score = _score(q, softmax_scale, causal, window_size, softcap, alibi_slopes, batch=batch)
-    if (function := _of_a_package(flash_attn_varlen_func, locals())) is not None:
+    if q.is_cuda and (function := _of_a_package(flash_attn_varlen_func, locals())) is not None:
         return function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check_no_dropout(dropout_p)
     runs = Runs(k, v, cu_seqlens_q, cu_seqlens_k, block_table)
@@ -319,7 +319,7 @@ def flash_attn_with_kvcache(
     checks.check_qkv(q, k_cache, v_cache, n_dims=4)
     batch = q.shape[0]
     score = _score(q, softmax_scale, causal, window_size, softcap, alibi_slopes, batch=batch)
-    if (function := _of_a_package(flash_attn_with_kvcache, locals())) is not None:
+    if q.is_cuda and (function := _of_a_package(flash_attn_with_kvcache, locals())) is not None:
         return function(q, k_cache, v_cache)
 
     for t, name in ((cache_batch_idx, "cache_batch_idx"), (cache_leftpad, "cache_leftpad")):
@@ -388,16 +388,13 @@ def _unpacked(t: torch.Tensor, name: str, n: int, *, n_dims: int) -> tuple[torch
 
 def _of_a_package(ours: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any] | None:
     """Return a package's function of that name, given what is not at its default; or None."""
-    device = arguments["q"].device
-    if device.type != "cuda":
-        return None
     options = {
         name: arguments[name]
         for name, default in _defaults(ours).items()
         if arguments[name] is not default
         and not (isinstance(default, (int, float, tuple)) and arguments[name] == default)
     }
-    return packages.find(ours.__name__, device, options)
+    return packages.find(ours.__name__, arguments["q"].device, options)
 
 
 @functools.cache

@@ -36,7 +36,7 @@ def attend_rows(
     q: torch.Tensor, rows: Rows, score: Score, *, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the attention of ``q [batch, queries, heads, dim]``, each row over its own keys."""
-    if rows.leftpad is None and native.can_decode(q, rows.k, rows.v):
+    if native.can_decode(q, rows.k, rows.v):
         return _decode(q, rows, score, with_lse=with_lse)
     return _attend_dense(q, rows, score, with_lse=with_lse)
 
@@ -72,6 +72,7 @@ def _decode(
         rows.k,
         rows.v,
         rows.lengths.int().contiguous(),
+        begins=None if rows.leftpad is None else rows.leftpad.int().contiguous(),
         slots=None if rows.slots is None else rows.slots.int().contiguous(),
         block_table=None if rows.block_table is None else rows.block_table.int().contiguous(),
         scale=score.scale,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Band:
+class Band(NamedTuple):
     """Queries attend to keys from ``left`` before to ``right`` behind their own position.
 
     The last query stands at the last key (aligned at the bottom right). None: no limit.

@@ -37,16 +37,28 @@ def can_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
     It computes no gradients.
     """
+    dtype, stored = q.dtype, k.dtype
+    if not (
+        q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+        and q.dim() == k.dim() == v.dim() == 4
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and dtype in _QUERY_DTYPES
+        and (stored == dtype or (stored in _ELEMENTS and stored.itemsize == 1))
+        and stored == v.dtype
+    ):
+        return False
+    _, n_queries, n_heads, dim = q.shape
+    n_kv_heads = k.shape[2]
     return (
-        not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
-        and all(x.device.type == "cpu" and x.stride(-1) == 1 and x.dim() == 4 for x in (q, k, v))
-        and q.dtype in _QUERY_DTYPES
-        and (k.dtype == q.dtype or (k.dtype in _ELEMENTS and k.dtype.itemsize == 1))
-        and k.dtype == v.dtype
-        and 1 <= q.shape[1] <= MAX_QUERY_LENGTH
-        and q.shape[3] == k.shape[3] == v.shape[3] >= _LEAST_HEAD_DIM
-        and k.shape[2] > 0
-        and q.shape[2] % k.shape[2] == 0
+        1 <= n_queries <= MAX_QUERY_LENGTH
+        and dim == k.shape[3] == v.shape[3] >= _LEAST_HEAD_DIM
+        and n_kv_heads > 0
+        and n_heads % n_kv_heads == 0
+        and not (
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        )
     )
 
 
@@ -56,6 +68,7 @@ def decode(
     v: torch.Tensor,
     lengths: torch.Tensor,
     *,
+    begins: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
     scale: float | None = None,
@@ -70,9 +83,9 @@ def decode(
     n_threads: int | None = None,
     level: str = "",
 ) -> torch.Tensor:
-    """Return the attention of ``q`` over the first ``lengths[i]`` keys of each row's slot.
+    """Return the attention of ``q`` over the keys of each row's slot, up to ``lengths[i]``.
 
-    Memory beyond the lengths is never read.
+    Memory beyond the lengths is never read, nor before `begins`.
 
     Parameters
     ----------
@@ -85,6 +98,8 @@ def decode(
     lengths
         int32 ``[batch]``. A row without keys, and a query that sees none, gets zeros, and a
         log-sum-exp of minus infinity.
+    begins
+        int32 ``[batch]``: the first key of each row; without it, 0.
     slots
         int32 ``[batch]``; without it, row i is in slot i.
     block_table
@@ -125,8 +140,9 @@ def decode(
         raise ValueError(f"out must be as q, the last dimension dense, not {list(out.shape)}")
     n_positions, table_stride = k.shape[1], 0
     _integers("lengths", lengths, (batch,))
-    if slots is not None:
-        _integers("slots", slots, (batch,))
+    for name, integers in (("begins", begins), ("slots", slots)):
+        if integers is not None:
+            _integers(name, integers, (batch,))
     if block_table is not None:
         _integers("block_table", block_table, (batch, block_table.shape[-1]))
         n_positions = block_table.shape[1] * k.shape[1]
@@ -154,6 +170,7 @@ def decode(
         k.shape[0],
         n_positions,
         lengths.data_ptr(),
+        _address(begins),
         _address(slots),
         _address(block_table),
         table_stride,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -11,8 +11,7 @@ from flash_compat import checks
 from kvspan import InvalidArgument
 
 
-@dataclass(frozen=True)
-class NewTokens:
+class NewTokens(NamedTuple):
     """What is appended: keys and values ``[batch, new, kv_heads, dim]``, and how to turn them."""
 
     k: torch.Tensor
@@ -22,8 +21,7 @@ class NewTokens:
     interleaved: bool = True
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Keys and values of a batch in a cache, contiguous by slot or through a block table.
 
     ``lengths`` counts each row's keys from position 0 of the cache.
@@ -45,7 +43,7 @@ class Rows:
 
     def grown(self, n_new: int) -> Rows:
         """Return the same rows, each longer by so many tokens."""
-        return replace(self, lengths=self.lengths + n_new)
+        return self._replace(lengths=self.lengths + n_new)
 
     def check(self) -> None:
         """Raise InvalidArgument unless lengths, slots and blocks are all there."""

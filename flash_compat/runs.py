@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,8 +12,7 @@ from flash_compat.rows import Rows
 from kvspan import InvalidArgument
 
 
-@dataclass(frozen=True)
-class Runs:
+class Runs(NamedTuple):
     """Keys and values of sequences, end to end or through a block table, and where each begins."""
 
     k: torch.Tensor  # [all_keys, kv_heads, dim], or [blocks, block_size, kv_heads, dim]

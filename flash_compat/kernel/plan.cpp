@@ -85,9 +85,9 @@ Plan make_plan(const Problem& p, int lanes, int n_threads) {
     const std::int64_t length = std::max(p.lengths[row], 0);
     const std::int64_t first_query = length - p.query_length;
     // The last query stands at the last key, and sees it.
-    std::int64_t begin = 0;
-    if (p.window_left >= 0)
-      begin = std::clamp<std::int64_t>(first_query - p.window_left, 0, length);
+    std::int64_t begin = p.begins != nullptr ? p.begins[row] : 0;
+    if (p.window_left >= 0) begin = std::max(begin, first_query - p.window_left);
+    begin = std::clamp<std::int64_t>(begin, 0, length);
     for (int head = 0; head < p.n_kv_heads; head += plan.layout.max_heads) {
       const int n_heads = std::min(plan.layout.max_heads, p.n_kv_heads - head);
       plan.items.push_back({row, head, n_heads, begin, length, n_tiles});

@@ -41,7 +41,8 @@ struct Problem {
   float* lse;  // [batch, n_heads, query_length], natural logarithms; or null
   Plane keys, values;
 
-  const std::int32_t* lengths;  // how many keys each row of the batch has
+  const std::int32_t* lengths;  // where each row's keys end
+  const std::int32_t* begins;   // and begin; null: at 0
   const std::int32_t* slots;    // which slot each row's keys are in; null: that of its number
   // [batch, blocks]: which blocks hold each row's keys, instead of slots; or null.
   const std::int32_t* block_table;

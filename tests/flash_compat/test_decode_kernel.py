@@ -29,6 +29,7 @@ class Case:
     k: torch.Tensor  # [slots, positions, kv_heads, dim]
     v: torch.Tensor
     lengths: torch.Tensor
+    begins: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     causal: bool = True
     window: tuple[int, int] = (-1, -1)
@@ -42,8 +43,10 @@ class Case:
         rows = []
         for row, n in enumerate(self.lengths.tolist()):
             slot = row if self.slots is None else int(self.slots[row])
+            begin = 0 if self.begins is None else min(int(self.begins[row]), n)
             k, v = (
-                plane[slot, :n].to(dtype) * (1 if scale is None else scale.to(dtype).view(-1, 1))
+                plane[slot, begin:n].to(dtype)
+                * (1 if scale is None else scale.to(dtype).view(-1, 1))
                 for plane, scale in ((self.k, self.k_scale), (self.v, self.v_scale))
             )
             slopes = self.alibi_slopes
@@ -72,7 +75,7 @@ def make(
     kv_heads: int = 2,
     **more: Any,
 ) -> Case:
-    """Make a case whose memory beyond the lengths is NaN."""
+    """Make a case whose memory before the begins and beyond the lengths is NaN."""
     generator = torch.Generator().manual_seed(0)
     batch, room = len(lengths), max(lengths) + 5
 
@@ -91,6 +94,9 @@ def make(
         slot = row if case.slots is None else int(case.slots[row])
         case.k[slot, n:] = torch.nan
         case.v[slot, n:] = torch.nan
+        if case.begins is not None:
+            case.k[slot, : case.begins[row]] = torch.nan
+            case.v[slot, : case.begins[row]] = torch.nan
     return case
 
 
@@ -104,6 +110,7 @@ def run(case: Case, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
         case.lengths,
         lse=lse,
         **{
+            "begins": case.begins,
             "slots": case.slots,
             "causal": case.causal,
             "window": case.window,
@@ -162,6 +169,17 @@ def test_queries_and_windows(
     level: str, queries: int, causal: bool, window: tuple[int, int]
 ) -> None:
     check(make(FP32, 2, 32, queries=queries, causal=causal, window=window), level=level)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("window", [(-1, -1), (40, -1)])
+def test_rows_that_begin_late(
+    level: str, queries: int, causal: bool, window: tuple[int, int]
+) -> None:
+    begins = torch.tensor([0, 3, 30, 1, 33, 64, 250], dtype=torch.int32)
+    case = make(FP32, 2, 32, queries=queries, causal=causal, window=window, begins=begins)
+    check(case, level=level, n_threads=3)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
