@@ -59,6 +59,8 @@ def cases(rows: int, tokens: int, steps: int, dtype: torch.dtype) -> dict[str, t
     from kvspan.transformers import SpanCache
 
     sdpa, kvspan = model_of(dtype, "sdpa"), model_of(dtype, "kvspan")
+    # One set of weights: the processor's cache would hold what two of three cases share.
+    kvspan.load_state_dict(sdpa.state_dict(), assign=True)
     found = {
         OURS: (kvspan, SpanCache(kvspan.config, max_batch=rows)),
         "SpanCache, sdpa": (sdpa, SpanCache(sdpa.config, max_batch=rows)),

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from flash_compat import flash_attn_func
+from flash_compat import flash_attn_func, flash_attn_with_kvcache
 from flash_compat.native import MAX_QUERY_LENGTH
 from kvspan import InvalidArgument
 
@@ -95,9 +95,9 @@ def attention_forward(
             f'attn_implementation="{NAME}" has no attention sinks; use "eager" for this model'
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    begins = [0] if attention_mask is None else getattr(attention_mask, _BEGINS, None)
+    begins = None if attention_mask is None else getattr(attention_mask, _BEGINS, None)
     if (
-        begins is not None
+        (attention_mask is None or begins is not None)
         and (query.shape[2] <= MAX_QUERY_LENGTH or softcap)
         and position_bias is None
         and dropout == 0.0
@@ -140,31 +140,28 @@ def _note_left_padding(mask: torch.Tensor) -> None:
     seen = mask[:, 0, 0]
     begins = seen.int().argmax(-1)
     if bool((seen.sum(-1) == seen.shape[-1] - begins).all()):
-        listed = begins.tolist()
-        setattr(mask, _BEGINS, listed[:1] if len(set(listed)) == 1 else listed)
+        setattr(mask, _BEGINS, begins.int())
 
 
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    begins: list[int],
+    begins: torch.Tensor | None,
     scaling: float | None,
     causal: bool,
     softcap: float,
 ) -> torch.Tensor:
-    """Attend each row to its keys from ``begins[row]`` on; a single begin is all rows'."""
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    rows = [slice(None)] if len(begins) == 1 else [slice(i, i + 1) for i in range(len(begins))]
-    outs = [
-        flash_attn_func(
-            q[row],
-            k[row, begin:],
-            v[row, begin:],
-            softmax_scale=scaling,
-            causal=causal,
-            softcap=softcap,
+    """Attend each row to its keys from ``begins[row]`` on; None: to all."""
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    options = {"softmax_scale": scaling, "causal": causal, "softcap": softcap}
+    out: torch.Tensor
+    if begins is None:
+        out = flash_attn_func(q, k, v, **options)
+    else:
+        if begins.shape[0] != q.shape[0]:  # a mask of one row for all
+            begins = begins.expand(q.shape[0])
+        out = flash_attn_with_kvcache(
+            q, k, v, cache_seqlens=k.shape[1], cache_leftpad=begins, **options
         )
-        for row, begin in zip(rows, begins, strict=True)
-    ]
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out

@@ -79,25 +79,24 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not r
         InvalidArgument
             States of another shape, dtype or device than the cache has.
         """
-        self.rows.bind(key_states, value_states)
-        begin, end = self.length, self.length + key_states.shape[-2]
-        planes = self.rows.planes(self.index)
-        states = (key_states, value_states)
-        for plane, new in zip(planes, states, strict=True):
-            _check_alike(plane, new)
-        self.rows.reach(end)
-        for plane, new in zip(planes, states, strict=True):
-            plane[:, :, begin:end].copy_(new.detach())
+        rows = self.rows
+        if not rows.is_bound:
+            rows.bind(key_states, value_states)
+        begin, end = self.length, self.length + key_states.shape[2]
+        keys, values = rows.planes(self.index)
+        _check_alike(keys, key_states)
+        _check_alike(values, value_states)
+        rows.reach(end)
+        keys[:, :, begin:end].copy_(key_states.detach())
+        values[:, :, begin:end].copy_(value_states.detach())
         self.length = end
         first = self._first_visible(begin)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            keys, values = (
-                torch.cat([plane[:, :, first:begin], new], dim=2)
-                for plane, new in zip(planes, states, strict=True)
+            return (
+                torch.cat([keys[:, :, first:begin], key_states], dim=2),
+                torch.cat([values[:, :, first:begin], value_states], dim=2),
             )
-        else:
-            keys, values = (plane[:, :, first:end] for plane in planes)
-        return keys, values
+        return keys[:, :, first:end], values[:, :, first:end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys `update` would return for so many tokens, and the first's place."""
@@ -193,8 +192,11 @@ class SpanSlidingLayer(SpanLayer):
 
 def _check_alike(plane: torch.Tensor, new: torch.Tensor) -> None:
     rows, heads, _, dim = plane.shape
+    n_rows, n_heads, _, n_dim = new.shape
     if (
-        (new.shape[0], new.shape[1], new.shape[3]) != (rows, heads, dim)
+        n_rows != rows
+        or n_heads != heads
+        or n_dim != dim
         or new.dtype != plane.dtype
         or new.device != plane.device
     ):
