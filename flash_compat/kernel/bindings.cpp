@@ -47,11 +47,12 @@ void decode_addresses(Address out, std::int64_t out_batch, std::int64_t out_posi
                       std::int64_t v_position, std::int64_t v_head, int q_element, int kv_element,
                       int batch, int query_length, int n_heads, int n_kv_heads, int head_dim,
                       std::int64_t n_slots, std::int64_t n_positions, Address lengths,
-                      Address begins, Address slots, Address block_table, std::int64_t block_table_stride,
-                      int block_size, float scale, float softcap, std::int64_t window_left,
-                      std::int64_t window_right, Address alibi_slopes, std::int64_t alibi_stride,
-                      Address lse, Address k_scales, std::int64_t k_scale_stride, Address v_scales,
-                      std::int64_t v_scale_stride, int n_threads, const std::string& level) {
+                      Address begins, Address slots, Address block_table,
+                      std::int64_t block_table_stride, int block_size, float scale, float softcap,
+                      std::int64_t window_left, std::int64_t window_right, Address alibi_slopes,
+                      std::int64_t alibi_stride, Address lse, Address k_scales,
+                      std::int64_t k_scale_stride, Address v_scales, std::int64_t v_scale_stride,
+                      int n_threads, const std::string& level) {
   check(batch >= 0 && query_length >= 1, "batch or query_length is negative, or there is no query");
   check(n_kv_heads >= 1 && n_heads >= 1 && n_heads % n_kv_heads == 0,
         "n_heads must be a multiple of n_kv_heads");
