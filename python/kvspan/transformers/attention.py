@@ -154,14 +154,18 @@ def _attend(
 ) -> torch.Tensor:
     """Attend each row to its keys from ``begins[row]`` on; None: to all."""
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    options = {"softmax_scale": scaling, "causal": causal, "softcap": softcap}
     out: torch.Tensor
     if begins is None:
-        out = flash_attn_func(q, k, v, **options)
-    else:
-        if begins.shape[0] != q.shape[0]:  # a mask of one row for all
-            begins = begins.expand(q.shape[0])
-        out = flash_attn_with_kvcache(
-            q, k, v, cache_seqlens=k.shape[1], cache_leftpad=begins, **options
-        )
+        out = flash_attn_func(q, k, v, softmax_scale=scaling, causal=causal, softcap=softcap)
+        return out
+    out = flash_attn_with_kvcache(
+        q,
+        k,
+        v,
+        cache_seqlens=k.shape[1],
+        cache_leftpad=begins.expand(q.shape[0]),  # where a mask of one row is for all
+        softmax_scale=scaling,
+        causal=causal,
+        softcap=softcap,
+    )
     return out
