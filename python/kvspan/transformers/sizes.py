@@ -16,8 +16,8 @@ CAPACITY_UNIT = 64 << 20
 """What a capacity that nobody gave is rounded to."""
 
 PAGE_TOKENS = 128
-"""What a host's page holds of one layer. With no other layer between them, attention reads tokens up
-to 1.4 times as fast, and a row wastes no more than so many."""
+"""What a host's page holds of one layer. Without other layers between them, attention reads tokens
+up to 1.4 times as fast, and a row wastes no more than so many."""
 
 HUGE_PAGE = 2 << 20
 LEAST_PAGE = HUGE_PAGE // 16
