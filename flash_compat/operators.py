@@ -63,7 +63,10 @@ def _is_for_a_graph(*tensors: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() and not needs_grad
 
 
-@torch.library.custom_op("flash_compat::append_and_attend", mutates_args=())
+# A cache is taken as it lies: to be given the strides of its tracing, it would be copied.
+@torch.library.custom_op(
+    "flash_compat::append_and_attend", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+)
 def _append_and_attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -98,7 +101,9 @@ def _(q: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
     return _declared(q, (q.shape[0], q.shape[2], q.shape[1]), others[-1])
 
 
-@torch.library.custom_op("flash_compat::attend_runs", mutates_args=())
+@torch.library.custom_op(
+    "flash_compat::attend_runs", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+)
 def _attend_runs(
     q: torch.Tensor,
     k: torch.Tensor,

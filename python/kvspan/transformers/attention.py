@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from flash_compat import flash_attn_func, flash_attn_with_kvcache
 from flash_compat.native import MAX_QUERY_LENGTH
 from kvspan import InvalidArgument
+from kvspan.transformers import graph
 
 NAME = "kvspan"
 
@@ -43,15 +44,27 @@ def attention_mask(
     """Return what `attention_forward` is to be given as the mask; as transformers' `sdpa_mask`.
 
     None: the last query sees all keys, and those before it one fewer each, or all of them if the
-    module is not causal.
+    module is not causal. Where the length is a tensor, as in a compiled graph, int32
+    ``[2, batch]``: the first key of each row and one past the last, where the last query stands.
     """
+    if (
+        isinstance(q_offset, torch.Tensor)
+        and allow_is_causal_skip
+        and kv_offset == 0
+        and (local_size is None or q_length == 1)
+    ):
+        return _extents(batch_size, q_offset + q_length, attention_mask, local_size)
+    is_compiling = torch.compiler.is_compiling()
     ends_together = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     if (
         allow_is_causal_skip
         and ends_together
         and q_length <= MAX_QUERY_LENGTH
         and (local_size is None or kv_length < local_size)
-        and (attention_mask is None or bool(attention_mask[:, kv_offset:].all()))
+        and (
+            attention_mask is None
+            or (not is_compiling and bool(attention_mask[:, kv_offset:].all()))
+        )
     ):
         return None
     mask: torch.Tensor | None = sdpa_mask(
@@ -65,7 +78,7 @@ def attention_mask(
         allow_is_causal_skip=allow_is_causal_skip and ends_together,
         **options,
     )
-    if mask is not None and q_length == 1:
+    if mask is not None and q_length == 1 and not is_compiling:
         _note_left_padding(mask)
     return mask
 
@@ -95,16 +108,22 @@ def attention_forward(
             f'attn_implementation="{NAME}" has no attention sinks; use "eager" for this model'
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    begins = None if attention_mask is None else getattr(attention_mask, _BEGINS, None)
+    is_extents = attention_mask is not None and attention_mask.dim() == 2
+    extents = attention_mask if is_extents else getattr(attention_mask, _EXTENTS, None)
     if (
-        (attention_mask is None or begins is not None)
-        and (query.shape[2] <= MAX_QUERY_LENGTH or softcap)
+        (attention_mask is None or extents is not None)
+        and (query.shape[2] <= MAX_QUERY_LENGTH or softcap or is_extents)
         and position_bias is None
         and dropout == 0.0
         and key.shape == value.shape
     ):
-        out = _attend(query, key, value, begins, scaling, bool(causal), softcap or 0.0)
+        out = _attend(query, key, value, extents, scaling, bool(causal), softcap or 0.0)
         return out, None
+    if is_extents:
+        raise InvalidArgument(
+            f'attn_implementation="{NAME}" has no biases of positions, no dropout and no values of '
+            'another head_dim in a compiled graph; use "sdpa"'
+        )
     if softcap:
         raise InvalidArgument(
             f'attn_implementation="{NAME}" has no softcap together with a mask; use "eager"'
@@ -129,41 +148,56 @@ def attention_forward(
     return out, None
 
 
-_BEGINS = "_kvspan_begins"
+_EXTENTS = "_kvspan_extents"
+
+
+def _extents(
+    n_rows: int, end: torch.Tensor, attention_mask: torch.Tensor | None, window: int | None
+) -> torch.Tensor:
+    """Return which keys a query at position ``end - 1`` of each row sees: int32 ``[2, rows]``."""
+    ends = end.to(torch.int32).expand(n_rows)
+    begins = torch.zeros_like(ends)
+    if attention_mask is not None:
+        begins = graph.left_padding(attention_mask).expand(n_rows)
+    if window is not None:
+        begins = torch.maximum(begins, ends - window)
+    return torch.stack([begins, ends])
 
 
 def _note_left_padding(mask: torch.Tensor) -> None:
-    """Note on a mask of one query a row where its keys begin, if it hides none behind that.
+    """Note on a mask of one query a row which keys it sees, if it hides none but the first.
 
     An operation of the model on the mask loses the note, and what it changed is then honoured.
     """
     seen = mask[:, 0, 0]
     begins = seen.int().argmax(-1)
-    if bool((seen.sum(-1) == seen.shape[-1] - begins).all()):
-        setattr(mask, _BEGINS, begins.int())
+    ends = torch.full_like(begins, seen.shape[-1])
+    if bool((seen.sum(-1) == ends - begins).all()):
+        setattr(mask, _EXTENTS, torch.stack([begins, ends]).int())
 
 
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    begins: torch.Tensor | None,
+    extents: torch.Tensor | None,
     scaling: float | None,
     causal: bool,
     softcap: float,
 ) -> torch.Tensor:
-    """Attend each row to its keys from ``begins[row]`` on; None: to all."""
+    """Attend each row to its keys from ``extents[0]`` up to ``extents[1]``; None: to all."""
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out: torch.Tensor
-    if begins is None:
+    if extents is None:
         out = flash_attn_func(q, k, v, softmax_scale=scaling, causal=causal, softcap=softcap)
         return out
+    begins, ends = extents.expand(2, q.shape[0]).unbind()  # where a mask of one row is for all
     out = flash_attn_with_kvcache(
         q,
         k,
         v,
-        cache_seqlens=k.shape[1],
-        cache_leftpad=begins.expand(q.shape[0]),  # where a mask of one row is for all
+        cache_seqlens=ends,
+        cache_leftpad=begins,
         softmax_scale=scaling,
         causal=causal,
         softcap=softcap,

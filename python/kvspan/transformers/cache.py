@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 )
 
 from kvspan import InvalidArgument, KVCache, Pool
-from kvspan.transformers.layer import SpanLayer, SpanSlidingLayer
+from kvspan.transformers.layer import SpanChunkedLayer, SpanLayer, SpanSlidingLayer
 from kvspan.transformers.rows import Rows
 from kvspan.transformers.sizes import LEAST_MAX_LEN, Sizes
 
@@ -91,8 +91,6 @@ class SpanCache(DynamicCache):  # type: ignore[misc]  # transformers is not read
                     shape = tuple(token_ids.shape)
                     raise InvalidArgument(f"token_ids must be [rows, tokens], not {shape}")
                 layers[0].rows.begin_with(token_ids, salt)
-                for layer in layers:
-                    layer.length = layer.rows.length
             Cache.__init__(self, layers=layers)
             return
         if token_ids is not None or salt:
@@ -235,7 +233,7 @@ def _layers_of(config: PreTrainedConfig, sizes: Sizes) -> list[Any]:
     ]
     shared = {one: Rows([one[1]] * alike.count(one), sizes) for one in alike}
     return [
-        _layer(window, shared[kind, window], alike[:i].count((kind, window)))
+        _layer(window, shared[kind, window], alike[:i].count((kind, window)), kind)
         if kind in ("full_attention", "sliding_attention", "chunked_attention")
         else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options[i])
         for i, (kind, window) in enumerate(alike)
@@ -255,5 +253,8 @@ def _layers_in(cache: KVCache, max_batch: int | None) -> list[SpanLayer]:
     return [_layer(window, rows, index) for index, window in enumerate(windows)]
 
 
-def _layer(window: int | None, rows: Rows, index: int) -> SpanLayer:
-    return SpanLayer(rows, index) if window is None else SpanSlidingLayer(window, rows, index)
+def _layer(window: int | None, rows: Rows, index: int, kind: str = "") -> SpanLayer:
+    if window is None:
+        return SpanLayer(rows, index)
+    sliding = SpanChunkedLayer if kind == "chunked_attention" else SpanSlidingLayer
+    return sliding(window, rows, index)

@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvspan import CapacityError, InvalidArgument
+from kvspan.transformers import graph
 from kvspan.transformers.rows import Rows
 from kvspan.transformers.sizes import Sizes
 
@@ -34,7 +35,11 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not r
         # Not the base class's: keys and values are views, made when asked for.
         self.rows = Rows([None], Sizes()) if rows is None else rows
         self.index = index
-        self.length = 0
+
+    @property
+    def length(self) -> int:
+        """How many tokens the layer has seen."""
+        return self.rows.lengths[self.index]
 
     @property
     def is_initialized(self) -> bool:
@@ -80,16 +85,16 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not r
             States of another shape, dtype or device than the cache has.
         """
         rows = self.rows
+        if torch.compiler.is_compiling():
+            return graph.append(rows, self.index, key_states, value_states)
         if not rows.is_bound:
             rows.bind(key_states, value_states)
-        begin, end = self.length, self.length + key_states.shape[2]
         keys, values = rows.planes(self.index)
         _check_alike(keys, key_states)
         _check_alike(values, value_states)
-        rows.reach(end)
+        begin, end = rows.grow(self.index, key_states.shape[2])
         keys[:, :, begin:end].copy_(key_states.detach())
         values[:, :, begin:end].copy_(value_states.detach())
-        self.length = end
         first = self._first_visible(begin)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return (
@@ -100,11 +105,15 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not r
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys `update` would return for so many tokens, and the first's place."""
+        if torch.compiler.is_compiling():
+            return self.rows.planes(self.index)[0].shape[2], 0
         first = self._first_visible(self.length)
         return self.length + query_length - first, first
 
-    def get_seq_length(self) -> int:
-        """Return how many tokens the layer has seen."""
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Return how many tokens the layer has seen; in a compiled graph, a tensor."""
+        if torch.compiler.is_compiling():
+            return graph.seen_tokens(self.rows, self.index)
         return self.length
 
     def get_max_length(self) -> int:
@@ -124,12 +133,12 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not r
                 f"crop takes how many tokens to remove as a negative number, not {tokens_to_remove}"
             )
         if self.is_initialized:
-            self.length = max(0, self.length + tokens_to_remove)
-            self.rows.cut(self.length)
+            length = max(0, self.length + tokens_to_remove)
+            self.rows.lengths[self.index] = length
+            self.rows.cut(length)
 
     def reset(self) -> None:
         """Forget all tokens, and give the slots of all layers that share the rows back."""
-        self.length = 0
         self.rows.release()
 
     def _first_visible(self, begin: int) -> int:
@@ -188,6 +197,22 @@ class SpanSlidingLayer(SpanLayer):
 
     def _first_visible(self, begin: int) -> int:
         return max(0, begin + 1 - self.sliding_window)
+
+
+class SpanChunkedLayer(SpanSlidingLayer):
+    """A layer that attends within chunks: like a window, it keeps a chunk's worth of tokens."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return what `SpanLayer.get_mask_sizes` does.
+
+        Raises
+        ------
+        InvalidArgument
+            In a compiled graph, which is not told where chunks begin.
+        """
+        if torch.compiler.is_compiling():
+            raise InvalidArgument("layers that attend within chunks cannot be compiled")
+        return super().get_mask_sizes(query_length)
 
 
 def _check_alike(plane: torch.Tensor, new: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvspan import Batch, CapacityError, InvalidArgument, KVCache
+from kvspan.transformers import graph
 from kvspan.transformers.sizes import Sizes
 
 
@@ -39,9 +40,13 @@ class Rows:
         self._cache = cache
         self._batch: Batch | None = None
         self._n_slots = 0
-        self._planes: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._planes: list[tuple[torch.Tensor, ...]] = []
         self._dropped = 0  # positions before it, in layers with windows
         self.length = 0
+        self.lengths = [0] * len(self._windows)
+        """What each layer has seen: less than `length` until it has had its turn in a step."""
+        self.state = graph.state_of(self)
+        """What a compiled graph takes in place of these rows."""
         self.records_past = False
         """Whether windows keep all that they left, since `cut` may go back to it."""
 
@@ -55,6 +60,7 @@ class Rows:
         """Whether the rows have slots."""
         return self._batch is not None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def bind(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take slots for as many rows as these ``[rows, heads, tokens, dim]`` have.
 
@@ -75,6 +81,7 @@ class Rows:
         if n_slots > n_rows:  # the others stay reserved, for rows that are repeated
             batch.select(range(n_rows))
         self._batch, self._n_slots = batch, n_slots
+        self._planes = self._views()
 
     def begin_with(self, token_ids: torch.Tensor, salt: str) -> None:
         """Take slots for rows that begin with what is known of prompts ``[rows, tokens]``.
@@ -93,6 +100,8 @@ class Rows:
         self.length = min(len(row) for row in rows)
         for row in rows:
             row.truncate(self.length)
+        self.lengths = [self.length] * len(self.lengths)
+        self._planes = self._views()
 
     def commit(self, token_ids: torch.Tensor) -> None:
         """Let others begin with the tokens ``[rows, at least length]`` of these rows."""
@@ -104,13 +113,26 @@ class Rows:
 
     def planes(self, layer: int) -> tuple[torch.Tensor, ...]:
         """Return the layer's keys and values, ``[rows, heads, positions, dim]``: views."""
-        found = self._planes.get(layer)
-        if found is None:
-            # A tensor that is made in inference mode could not be written outside of it.
-            with torch.inference_mode(False):
-                found = tuple(plane.transpose(1, 2) for plane in self._bound.layer(layer))
-            self._planes[layer] = found
-        return found
+        if not self._planes:
+            raise InvalidArgument(
+                "the cache has no memory yet; before a compiled call, run the prompt without "
+                "compiling, or call early_initialization"
+            )
+        return self._planes[layer]
+
+    def grow(self, layer: int, n_tokens: int) -> tuple[int, int]:
+        """Make room for a layer's next tokens; return the first position and one past the last.
+
+        Raises
+        ------
+        CapacityError, OutOfMemory
+            As `reach`.
+        """
+        begin = self.lengths[layer]
+        end = begin + n_tokens
+        self.reach(end)
+        self.lengths[layer] = end
+        return begin, end
 
     def reach(self, length: int) -> None:
         """Make positions up to `length` writable in all rows, or raise with nothing changed.
@@ -164,15 +186,21 @@ class Rows:
                 f"{len(rows)} rows are more than the {self._n_slots} slots that were taken for "
                 f"this cache; give it max_batch={len(rows)} or more"
             )
+        was = len(self)
         self._batch.select(rows)
-        self._planes.clear()
+        if len(self) != was:
+            self._planes = self._views()
 
     def release(self) -> None:
         """Give the slots back; a cache of their own is kept for the next rows."""
-        self._batch = None  # the last reference to its sequences
-        self._planes.clear()
+        if self._batch is not None:
+            for sequence in self._batch.sequences:  # a traceback may hold the batch
+                sequence.release()
+        self._batch = None
+        self._planes = []
         self._dropped = 0
         self.length = 0
+        self.lengths = [0] * len(self.lengths)
 
     def close(self) -> None:
         """Give the slots back, and a cache of their own too."""
@@ -182,11 +210,23 @@ class Rows:
     def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
         """Return rows with the same tokens, as forks: pages are shared, not copied."""
         other = copy.copy(self)
-        other._planes = {}
+        other.lengths = list(self.lengths)
+        other.state = graph.state_of(other)
         if self._batch is not None:
             other._batch = self._batch.fork()
+            other._planes = other._views()
         memo[id(self)] = other
         return other
+
+    def _views(self) -> list[tuple[torch.Tensor, ...]]:
+        """Return each layer's planes of the rows that there are now."""
+        batch = self._bound
+        # A tensor that is made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            return [
+                tuple(plane.transpose(1, 2) for plane in batch.layer(layer))
+                for layer in range(len(self.lengths))
+            ]
 
     def _leave_windows(self) -> None:
         """Give up what no window reaches any more, a page's worth of tokens at a time."""
