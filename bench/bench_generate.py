@@ -1,105 +1,98 @@
 """How fast does transformers decode over a SpanCache, beside its own caches?
 
-A Llama of random weights (512 wide, 8 layers, 8 query and 4 KV heads of 64). Every cache gets the
-same keys and values, layer by layer, and the next tokens' logits are compared before decode steps
-are timed in turn; each step grows every cache by a token. "kvspan" and "sdpa" are the attention's
-implementation: the first is flash_compat's kernel, which reads rows as they lie; the second is what
-transformers uses by itself. StaticCache has exactly the size that it needs.
+A small Llama of random weights (512 wide, 8 layers, 8 query and 4 KV heads of 64), or any model.
+Every cache gets the same keys and values, layer by layer, and the next tokens' logits are compared
+before decode steps are timed in turn; each step grows every cache by a token. "kvspan" and "sdpa"
+are the attention's implementation: the first is flash_compat's kernel, which reads rows as they
+lie; the second is what transformers uses by itself. StaticCache has exactly the size that it needs;
+QuantizedCache (4 bits, of optimum-quanto, if it is installed) gives other logits.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import statistics
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from cached_models import OURS, cases, fill, load, step
 from decode_attention import speed
 from harness import BenchError, Expectation, Result, Series, interleave
 
 NAME = "generate"
-LAYERS, HEADS, KV_HEADS, DIM = 8, 8, 4, 64
-PIECE = 2048  # tokens that are written at once
-OURS = "SpanCache, kvspan"
 # The kernel's time beats theirs by at least so much: DynamicCache at 8 rows of 8k in bfloat16,
 # StaticCache in the geometric mean of all cells, and in each.
 OVER_DYNAMIC, OVER_STATIC, OVER_STATIC_WORST = 5.0, 1.3, 0.97
+# Of logits, to the largest. The layers of a large model make anything of bfloat16's rounding when
+# its keys and values are random: there, the cells in float32 and generated tokens are compared.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 6e-2}
+TOLERANCE_OF_LARGE = {torch.float32: 2e-3, torch.bfloat16: math.inf}
 
 
-def model_of(dtype: torch.dtype, attention: str) -> Any:
-    """Return the model; the same weights each time."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1024, hidden_size=512, intermediate_size=1376, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM,
-        max_position_embeddings=32768, attn_implementation=attention,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def write(cache: Any, rows: int, tokens: int, dtype: torch.dtype) -> None:
-    """Write random keys and values of so many tokens, the same ones each time."""
-    generator = torch.Generator().manual_seed(1)
-    for begin in range(0, tokens, PIECE):
-        n = min(PIECE, tokens - begin)
-        for layer in range(LAYERS):
-            k, v = torch.randn(2, rows, KV_HEADS, n, DIM, generator=generator).to(dtype)
-            cache.update(k, v, layer)
-
-
-def cases(rows: int, tokens: int, steps: int, dtype: torch.dtype) -> dict[str, tuple[Any, Any]]:
-    """Return models and filled caches."""
-    from transformers import DynamicCache, StaticCache
-
-    from kvspan.transformers import SpanCache
-
-    sdpa, kvspan = model_of(dtype, "sdpa"), model_of(dtype, "kvspan")
-    # One set of weights: the processor's cache would hold what two of three cases share.
-    kvspan.load_state_dict(sdpa.state_dict(), assign=True)
-    found = {
-        OURS: (kvspan, SpanCache(kvspan.config, max_batch=rows)),
-        "SpanCache, sdpa": (sdpa, SpanCache(sdpa.config, max_batch=rows)),
-        "DynamicCache, sdpa": (sdpa, DynamicCache(config=sdpa.config)),
-        "StaticCache, sdpa": (sdpa, StaticCache(config=sdpa.config, max_cache_len=tokens + steps)),
-    }
-    for _, cache in found.values():
-        write(cache, rows, tokens, dtype)
-    return found
-
-
-def measure(rows: int, tokens: int, dtype: torch.dtype, repeats: int) -> dict[str, Series]:
+def measure(
+    model: torch.nn.Module, rows: int, tokens: int, dtype: torch.dtype, repeats: int, compiled: bool
+) -> dict[str, Series]:
     """Compare logits, and time a step of each in turn."""
-    found = cases(rows, tokens, repeats + 2, dtype)
-    ids = torch.arange(rows)[:, None] + 7
-
-    def step(model: Any, cache: Any) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
-            with torch.inference_mode():
-                n = cache.get_seq_length()
-                logits: torch.Tensor = model(
-                    ids, past_key_values=cache, position_ids=torch.full((rows, 1), int(n))
-                ).logits
-            return logits
-
-        return run
-
-    steps = {name: step(*one) for name, one in found.items()}
-    first = steps[OURS]()
+    caches, steps = [], {}
+    tolerance = TOLERANCE if model.config.num_hidden_layers <= 8 else TOLERANCE_OF_LARGE
+    for name, (with_attention, make) in cases(model, rows, tokens, repeats + 2, dtype).items():
+        cache = make()
+        fill(cache, model.config, rows, tokens, dtype)
+        caches.append(cache)
+        runs = with_attention
+        if compiled and name in (OURS, "StaticCache, sdpa"):
+            step(with_attention, cache, rows)
+            runs = torch.compile(with_attention, fullgraph=True)
+        steps[name] = functools.partial(step, runs, cache, rows)
+    first = steps[OURS]().float()
+    apart = tolerance[dtype] * max(1.0, first.abs().max().item())
     for name, one in steps.items():
-        if name != OURS and not torch.allclose(
-            one().float(), first.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
-        ):
-            raise BenchError(f"{rows} rows of {tokens}, {dtype}: {name} gives other logits")
+        if name == OURS or name.startswith("QuantizedCache"):
+            continue
+        difference = (one().float() - first).abs().max().item()
+        if difference > apart:
+            raise BenchError(
+                f"{rows} rows of {tokens}, {dtype}: {name} gives other logits, by {difference:.3g}"
+            )
     series = interleave(steps, repeats)
-    for _, cache in found.values():
+    for cache in caches:
         if hasattr(cache, "release"):
             cache.release()
     return series
+
+
+def same_tokens(where: str) -> str:
+    """Generate greedily in fp32 over both caches; return what was compared, or raise."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kvspan.transformers import SpanCache
+
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    prompts = [
+        "Explain to a child how a computer remembers things.",
+        "Write a short poem about the sea, and say what each line means.",
+        "What is the difference between a process and a thread?",
+    ]
+    n_tokens = 0
+    for text in prompts:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True, return_tensors="pt", return_dict=True,
+        )  # fmt: skip
+        options = {"max_new_tokens": 100, "do_sample": False}
+        model.set_attn_implementation("sdpa")
+        expected = model.generate(**inputs, **options)
+        for attention in ("sdpa", "kvspan"):
+            model.set_attn_implementation(attention)
+            with SpanCache(model.config) as cache:
+                tokens = model.generate(**inputs, **options, past_key_values=cache)
+            if not torch.equal(tokens, expected):
+                raise BenchError(f"other tokens than DynamicCache's, {attention}: {text}")
+        n_tokens += expected.shape[1] - inputs["input_ids"].shape[1]
+    return f"{n_tokens} greedy tokens of {len(prompts)} prompts in fp32 are DynamicCache's"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,25 +101,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 16384])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--model", help="a folder or name for from_pretrained; its tokens, too")
+    parser.add_argument(
+        "--compiled", action="store_true", help="torch.compile the cases that can be: ours, static"
+    )
     parser.add_argument("--quick", action="store_true", help="short, nothing checked but logits")
 
 
 def run(args: argparse.Namespace) -> Result:
     """Measure."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise BenchError("pip install kvspan[hf]") from error
     torch.set_num_threads(args.threads)
-    result = Result(
-        {}, parameters={"threads": args.threads, "transformers": transformers.__version__}
-    )
+    model = load(args.model)
+    result = Result({}, parameters={"threads": args.threads, "model": args.model or "small Llama"})
+    if args.model is not None:
+        result.notes.append(same_tokens(args.model))
     over_static = []
     for name in args.dtypes:
         dtype = getattr(torch, name)
         for rows in args.batches:
             for tokens in [64] if args.quick else args.contexts:
-                series = measure(rows, tokens, dtype, args.repeats)
+                series = measure(model, rows, tokens, dtype, args.repeats, args.compiled)
                 cell = f"{name}, {rows} x {tokens}"
                 result.measurements |= {f"{cell}: {case}": one for case, one in series.items()}
                 rates = ", ".join(f"{n} {rows / one.median:.0f}" for n, one in series.items())
