@@ -14,6 +14,7 @@ import argparse
 import functools
 import math
 import statistics
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ TOLERANCE_OF_LARGE = {torch.float32: 2e-3, torch.bfloat16: math.inf}
 
 
 def measure(
-    model: torch.nn.Module, rows: int, tokens: int, dtype: torch.dtype, repeats: int, compiled: bool
+    model: Any, rows: int, tokens: int, dtype: torch.dtype, repeats: int, compiled: bool
 ) -> dict[str, Series]:
     """Compare logits, and time a step of each in turn."""
     caches, steps = [], {}

@@ -4,7 +4,7 @@ Each case is a process of its own: the model is loaded, the cache is written a p
 the length of a prompt, and some tokens are decoded. What counts is by how much the process's
 resident memory grows at its highest, after the same without a cache that keeps anything. The keys
 and values that there are at the end are what it must take. For a SpanCache, its pool says what is
-mapped. The others may use again what malloc kept of before, some tens of MiB: theirs is understated.
+mapped. The others may use again what malloc kept of before: theirs is understated by some MiB.
 """
 
 from __future__ import annotations

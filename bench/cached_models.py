@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from typing import Any
 
 import torch
@@ -61,9 +62,7 @@ def cases(model: Any, rows: int, tokens: int, steps: int, dtype: torch.dtype) ->
             sdpa, lambda: StaticCache(config=config, max_cache_len=tokens + steps)
         ),
     }  # fmt: skip
-    try:
-        import optimum.quanto  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("optimum") is None:
         return found
     return found | {"QuantizedCache, sdpa": (sdpa, lambda: QuantizedCache("quanto", config))}
 
