@@ -222,6 +222,13 @@ def test_reset_and_release_give_the_memory_back(pool: kvspan.Pool) -> None:
     cache.release()
     assert cache.kv_caches == []
     assert pool.stats().in_use_bytes == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_cache_that_is_dropped_gives_the_memory_back_at_once(
+    name: str, pool: kvspan.Pool
+) -> None:
+    cache = SpanCache(make(name).config, pool=pool)
     write(cache, 1, 4)
     gc.disable()  # nothing in it goes round in a circle
     try:
@@ -229,6 +236,30 @@ def test_reset_and_release_give_the_memory_back(pool: kvspan.Pool) -> None:
         assert pool.stats().in_use_bytes == 0
     finally:
         gc.enable()
+
+
+def test_layers_of_all_kinds_grow_or_none() -> None:
+    config = make("gemma3").config
+    with (
+        kvspan.Pool(capacity=24 * PAGE, page_size=PAGE) as pool,
+        SpanCache(config, pool=pool, max_batch=1) as cache,
+    ):
+        write(cache, 1, 10)
+        assert len(cache.kv_caches) == 2
+        write(copied := copy.deepcopy(cache), 1, 1)
+
+        def grow() -> None:
+            while True:
+                write(cache, 1, 7)
+
+        with pytest.raises(kvspan.OutOfMemory):
+            grow()
+        assert len({layer.get_seq_length() for layer in cache.layers}) == 1
+        assert {len(s) for rows in cache._rows() for s in rows._bound.sequences} == {
+            cache.get_seq_length()
+        }
+        assert {layer.get_seq_length() for layer in copied.layers} == {11}
+        copied.release()
 
 
 def test_memory_that_is_short_leaves_the_cache_as_it_was() -> None:

@@ -232,6 +232,8 @@ def _layers_of(config: PreTrainedConfig, sizes: Sizes) -> list[Any]:
         (kind, given.get("sliding_window")) for kind, given in zip(kinds, options, strict=True)
     ]
     shared = {one: Rows([one[1]] * alike.count(one), sizes) for one in alike}
+    for rows in shared.values():
+        rows.grow_with(list(shared.values()))
     return [
         _layer(window, shared[kind, window], alike[:i].count((kind, window)), kind)
         if kind in ("full_attention", "sliding_attention", "chunked_attention")

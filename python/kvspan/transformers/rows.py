@@ -7,12 +7,13 @@ the rows reach it, in one native call, and the others find it reached.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence as Items
 from typing import Any
 
 import torch
 
-from kvspan import Batch, CapacityError, InvalidArgument, KVCache
+from kvspan import Batch, CapacityError, InvalidArgument, KVCache, OutOfMemory
 from kvspan.transformers import graph
 from kvspan.transformers.sizes import Sizes
 
@@ -47,8 +48,13 @@ class Rows:
         """What each layer has seen: less than `length` until it has had its turn in a step."""
         self.state = graph.state_of(self)
         """What a compiled graph takes in place of these rows."""
+        self._together: list[weakref.ref[Rows]] = []  # no circles: memory is freed at once
         self.records_past = False
         """Whether windows keep all that they left, since `cut` may go back to it."""
+
+    def grow_with(self, others: Items[Rows]) -> None:
+        """Let the same rows in layers of other kinds reach the same lengths, or none."""
+        self._together = [weakref.ref(rows) for rows in others if rows is not self]
 
     @property
     def cache(self) -> KVCache | None:
@@ -137,6 +143,8 @@ class Rows:
     def reach(self, length: int) -> None:
         """Make positions up to `length` writable in all rows, or raise with nothing changed.
 
+        Rows that `grow_with` these and were as long reach it too, or none do.
+
         Raises
         ------
         CapacityError
@@ -146,7 +154,19 @@ class Rows:
         """
         if length <= self.length:
             return
-        batch = self._bound
+        was = self.length
+        grown: list[Rows] = []
+        try:
+            for rows in (self, *(ref() for ref in self._together)):
+                if rows is not None and rows.is_bound and rows.length == was:
+                    rows._step_to(length)
+                    grown.append(rows)
+        except (CapacityError, OutOfMemory):
+            for rows in grown:
+                rows._truncate(was)
+            raise
+
+    def _step_to(self, length: int) -> None:
         if length > (longest := self._in.max_seq_len):
             raise CapacityError(
                 f"the cache holds {longest} tokens a row, not {length}; make it with a larger "
@@ -154,7 +174,12 @@ class Rows:
             )
         if not self.records_past:
             self._leave_windows()
-        batch.step(length - self.length)
+        self._bound.step(length - self.length)
+        self.length = length
+
+    def _truncate(self, length: int) -> None:
+        for sequence in self._bound.sequences:
+            sequence.truncate(length)
         self.length = length
 
     def cut(self, length: int) -> None:
@@ -171,9 +196,7 @@ class Rows:
                     f"cannot go back to {length} tokens: a window of {self._window} has left "
                     f"positions before {self._dropped}"
                 )
-            for sequence in self._bound.sequences:
-                sequence.truncate(length)
-            self.length = length
+            self._truncate(length)
         if self.records_past:
             self._leave_windows()
 
@@ -216,6 +239,8 @@ class Rows:
             other._batch = self._batch.fork()
             other._planes = other._views()
         memo[id(self)] = other
+        there = [rows for ref in self._together if (rows := ref()) is not None]
+        other._together = [weakref.ref(copy.deepcopy(rows, memo)) for rows in there]
         return other
 
     def _views(self) -> list[tuple[torch.Tensor, ...]]:
