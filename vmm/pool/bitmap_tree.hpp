@@ -16,7 +16,7 @@
 
 #include <cstdint>
 
-#include "pool/atomic_array.hpp"
+#include "pool/atomics.hpp"
 
 namespace kvspan {
 

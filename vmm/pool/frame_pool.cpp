@@ -7,7 +7,7 @@
 #include <string>
 
 #include "core/errors.hpp"
-#include "pool/atomic_array.hpp"
+#include "pool/atomics.hpp"
 #include "pool/id_pool.hpp"
 
 namespace kvspan {

@@ -1,6 +1,7 @@
 #include "pool/id_pool.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 
 namespace kvspan {
@@ -34,22 +35,17 @@ IdPool::IdPool(SizeClass c, std::uint32_t capacity)
 bool IdPool::take(std::span<FrameId> out) noexcept {
   if (out.size() > capacity_) return false;
   const auto wanted = static_cast<std::uint32_t>(out.size());
-  // relaxed: only a guess, which the exchange below checks.
-  std::uint64_t seen = admit_.load(relaxed);
   std::uint32_t n_recycled = 0;
-  Admission now;
-  do {
-    now = unpack(seen);
-    n_recycled = std::min(wanted, now.free);
-    if (wanted - n_recycled > capacity_ - now.bump) return false;
-    // acquire: see the bits that givers set before they added to `free`; release: whoever reads the
-    // new bump knows of everything that came before it.
-  } while (!admit_.compare_exchange_weak(
-      seen, pack({now.bump + (wanted - n_recycled), now.free - n_recycled}), acq_rel, relaxed));
-
-  if (n_recycled != 0) collect(out.first(n_recycled), now.bump);
+  const std::optional<Admission> now = admit([&](Admission a) -> std::optional<Admission> {
+    n_recycled = std::min(wanted, a.free);
+    const std::uint32_t n_fresh = wanted - n_recycled;
+    if (n_fresh > capacity_ - a.bump) return {};
+    return Admission{a.bump + n_fresh, a.free - n_recycled};
+  });
+  if (!now) return false;
+  if (n_recycled != 0) collect(out.first(n_recycled), now->bump);
   for (std::uint32_t i = n_recycled; i < wanted; ++i) {
-    out[i] = FrameId(class_, now.bump + (i - n_recycled));
+    out[i] = FrameId(class_, now->bump + (i - n_recycled));
   }
   return true;
 }
@@ -57,22 +53,40 @@ bool IdPool::take(std::span<FrameId> out) noexcept {
 bool IdPool::take_fresh(std::span<FrameId> out) noexcept {
   if (out.size() > capacity_) return false;
   const auto wanted = static_cast<std::uint32_t>(out.size());
-  std::uint64_t seen = admit_.load(relaxed);  // relaxed: a guess that the exchange checks
-  Admission now;
-  do {
-    now = unpack(seen);
-    if (wanted > capacity_ - now.bump) return false;
-    // The same orders as in `take`: the word is one for both.
-  } while (
-      !admit_.compare_exchange_weak(seen, pack({now.bump + wanted, now.free}), acq_rel, relaxed));
-  for (std::uint32_t i = 0; i < wanted; ++i) out[i] = FrameId(class_, now.bump + i);
+  const std::optional<Admission> now = admit([&](Admission a) -> std::optional<Admission> {
+    if (wanted > capacity_ - a.bump) return {};
+    return Admission{a.bump + wanted, a.free};
+  });
+  if (!now) return false;
+  for (std::uint32_t i = 0; i < wanted; ++i) out[i] = FrameId(class_, now->bump + i);
   return true;
+}
+
+// Puts `change` of the admission in its place, and returns what it was; nothing where `change` has
+// nothing.
+template <class Change>
+std::optional<IdPool::Admission> IdPool::admit(const Change& change) noexcept {
+  // relaxed: only a guess, which the exchanges below check.
+  std::uint64_t seen = admit_.load(relaxed);
+  for (;;) {
+    const Admission now = unpack(seen);
+    if (const std::optional<Admission> then = change(now)) {
+      // acquire: see the bits that givers set before they added to `free`; release: whoever reads
+      // the new bump knows of everything that came before it.
+      if (admit_.compare_exchange_weak(seen, pack(*then), acq_rel, relaxed)) return now;
+      continue;
+    }
+    // A load may see an old value, and there may be enough by now; an exchange sees the last one.
+    const std::uint64_t last = admit_.fetch_add(0, relaxed);
+    if (last == seen) return {};
+    seen = last;
+  }
 }
 
 // Fills `out` with ids from the tree, which this thread is owed. `bump` is as it was at admission.
 void IdPool::collect(std::span<FrameId> out, std::uint32_t bump) noexcept {
   const std::uint32_t slot = thread_number() % kCursors;
-  std::atomic<std::uint32_t>& cursor = cursors_[slot].word;
+  Atomic<std::uint32_t>& cursor = cursors_[slot].word;
   // relaxed, here and below: a place to begin, any value will do.
   const std::uint32_t begin = cursor.load(relaxed);
   std::uint32_t n_words = (bump - 1) / 64 + 1;

@@ -12,11 +12,12 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "core/ids.hpp"
+#include "pool/atomics.hpp"
 #include "pool/bitmap_tree.hpp"
 
 namespace kvspan {
@@ -75,12 +76,14 @@ class IdPool {
   static constexpr std::uint32_t kCursors = 8;
   static constexpr std::size_t kCacheLine = 64;
   struct alignas(kCacheLine) Cursor {
-    std::atomic<std::uint32_t> word{0xffffffffu};  // this value: nowhere yet
+    Atomic<std::uint32_t> word{0xffffffffu};  // this value: nowhere yet
   };
 
+  template <class Change>
+  std::optional<Admission> admit(const Change& change) noexcept;
   void collect(std::span<FrameId> out, std::uint32_t bump) noexcept;
 
-  alignas(kCacheLine) std::atomic<std::uint64_t> admit_{0};  // bump above, free below
+  alignas(kCacheLine) Atomic<std::uint64_t> admit_{0};  // bump above, free below
   alignas(kCacheLine) const SizeClass class_;
   const std::uint32_t capacity_;
   BitmapTree tree_;

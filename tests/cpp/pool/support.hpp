@@ -18,12 +18,26 @@ namespace kvspan {
 struct PoolTestPeer {
   // As if a thread had cleared the hints of an emptied word and slept before looking at it again.
   static void hide(BitmapTree& tree, std::uint32_t word) {
-    tree.marks_[word / 64].fetch_and(~(std::uint64_t{1} << (word % 64)));
-    tree.regions_[word / 64 / 64].fetch_and(~(std::uint64_t{1} << (word / 64 % 64)));
+    constexpr auto seq_cst = std::memory_order_seq_cst;
+    tree.marks_[word / 64].fetch_and(~(std::uint64_t{1} << (word % 64)), seq_cst);
+    tree.regions_[word / 64 / 64].fetch_and(~(std::uint64_t{1} << (word / 64 % 64)), seq_cst);
   }
   // As if a thread had emptied the word and slept before clearing the hints.
   static void mark_stale(BitmapTree& tree, std::uint32_t word) { tree.mark(word); }
   static BitmapTree& tree(IdPool& pool) { return pool.tree_; }
+
+  // Whether the hints lead to every id of the tree.
+  static bool hints_are_complete(const IdPool& pool) {
+    const BitmapTree& tree = pool.tree_;
+    constexpr auto relaxed = std::memory_order_relaxed;
+    for (std::uint32_t word = 0; word < tree.n_words_; ++word) {
+      if (tree.leaves_[word].load(relaxed) == 0) continue;
+      const std::uint32_t i = word / 64;
+      if ((tree.marks_[i].load(relaxed) >> (word % 64) & 1) == 0) return false;
+      if ((tree.regions_[i / 64].load(relaxed) >> (i % 64) & 1) == 0) return false;
+    }
+    return true;
+  }
 };
 
 }  // namespace kvspan

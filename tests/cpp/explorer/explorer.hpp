@@ -1,0 +1,81 @@
+// Runs small concurrent scenarios in every order that the C++ memory model allows, on one thread.
+//
+// The code under test uses the atomics of atomics.hpp. Each of their operations comes here, where
+// it is decided which thread goes on, and which of the values that it may see a load sees; all
+// combinations of decisions are tried, one execution after the other, depth first.
+//
+// The model is that of views. Every store to a location has a place in its modification order, and
+// every thread a view: for each location the oldest store that it may still read. A release store
+// carries its thread's view, an acquire load of it (or of an exchange that followed it) merges that
+// into its own, and a sequentially consistent load sees no less than what sequentially consistent
+// operations before it saw or stored there. Two things are left out: a store is always the last of
+// its location so far (code whose stores are exchanges cannot tell), and a failed exchange sees the
+// last value, and never fails without cause.
+//
+// Sources: Kang et al., "A promising semantics for relaxed-memory concurrency", POPL 2017 (views);
+// Musuvathi and Qadeer, "Iterative context bounding", PLDI 2007 (bounds).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace kvspan_test::explorer {
+
+using Word = std::uint64_t;
+using Location = std::uint32_t;
+
+// One execution: what its threads do, and what must hold when all are done. Made anew for each.
+struct Scenario {
+  std::vector<std::function<void()>> threads;
+  std::function<void()> finally = [] {};
+};
+
+struct Bounds {
+  static constexpr int kAll = 1 << 20;
+  int preemptions = kAll;  // of a thread that could have gone on
+  int stale_loads = kAll;  // that see another value than the last
+};
+
+// A fault put in on purpose: operations that ask for one memory order are given a weaker one.
+struct Weakening {
+  std::memory_order asked, given;
+};
+
+struct Outcome {
+  std::uint64_t n_executions = 0;
+  // What went wrong in the first execution that did, and its operations in order.
+  std::optional<std::string> fault;
+};
+
+Outcome explore(const std::function<Scenario()>& make, Bounds bounds = {},
+                std::optional<Weakening> weakening = {});
+
+// In a scenario: ends the execution, which has failed, unless `holds`.
+void require(bool holds, const std::string& what);
+
+// Ordinary memory that only one thread may use at a time. `use` fails where the last use by another
+// thread need not have happened before: a data race.
+class Memory {
+ public:
+  explicit Memory(std::string name);
+  void use();
+
+ private:
+  Location location_;
+  std::string name_;
+};
+
+// ---- what atomics.hpp is made of ----
+
+Location new_location(Word value);
+Word load(Location, std::memory_order);
+void store(Location, Word, std::memory_order);
+// Replaces the value by `change` of it and returns the old one; no change, no store.
+Word exchange(Location, const std::function<std::optional<Word>(Word)>& change,
+              std::memory_order success, std::memory_order failure);
+
+}  // namespace kvspan_test::explorer
