@@ -96,6 +96,7 @@ class CacheMachine(RuleBasedStateMachine):
             sequence.extend(length)
             self.models[sequence] = Model()
             self.write(sequence, length)
+            self.publish(sequence, length, merge=False)
 
     # Operations of the model
 
@@ -126,6 +127,13 @@ class CacheMachine(RuleBasedStateMachine):
                 assert not place.any(), "bytes of another sequence"
             place[...] = plane.expected(new)
         model.ids = torch.cat([model.ids, new])
+
+    def publish(self, sequence: kvspan.Sequence, n: int, merge: bool) -> None:
+        ids = self.models[sequence].ids[:n]
+        known = sequence.commit(ids, merge=merge)
+        assert 0 <= known <= n
+        if known > 0:
+            self.committed.append(ids[:known])
 
     @property
     def cache_zeroes_everything(self) -> bool:
@@ -196,12 +204,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data(), share=st.sampled_from([0.5, 1, 1]), merge=st.booleans())
     def commit(self, data: Any, share: float, merge: bool) -> None:
         sequence = self.pick(data)
-        ids = self.models[sequence].ids
-        n = round(share * len(ids))
-        known = sequence.commit(ids[:n], merge=merge)
-        assert 0 <= known <= n
-        if known > 0:
-            self.committed.append(ids[:known])
+        self.publish(sequence, round(share * len(self.models[sequence].ids)), merge=merge)
 
     @precondition(lambda self: self.committed)
     @rule(data=st.data(), share=st.sampled_from([0.4, 1, 1]), n_more=st.sampled_from([0, 1, 60]))
@@ -344,6 +347,31 @@ class CacheMachine(RuleBasedStateMachine):
         assert trimmed + after.kept_bytes + after.ahead_bytes == surplus
         # A frame of several pages goes whole or not at all.
         assert after.kept_bytes == 0 or "max_frame_size" in self.pool_options
+
+    @precondition(lambda self: self.cache.stats().prefix_bytes > 0)
+    @rule()
+    def be_short_of_memory(self) -> None:
+        """Another cache takes what can be had, which makes this one forget what nobody maps."""
+        was = self.cache.stats()
+        n_pages = self.pool.capacity // PAGE
+        # A token a page.
+        with kvspan.KVCache(
+            self.pool, 1, 1, PAGE // 2, torch.int8, max_seqs=1, max_seq_len=2 * n_pages,
+            overread_tokens=0,
+        ) as other:  # fmt: skip
+            greedy, n = other.sequence(), n_pages
+            while n > 0:
+                try:
+                    greedy.extend(n)
+                except kvspan.OutOfMemory as error:
+                    n //= 2
+                    left = error.reclaimable
+            if "max_frame_size" not in self.pool_options:
+                assert left == 0
+                assert self.pool.stats().in_use_bytes == self.pool.capacity
+            now = self.cache.stats()
+            assert now.used_bytes == was.used_bytes
+            assert now.prefix_bytes <= was.prefix_bytes
 
     # What always holds
 

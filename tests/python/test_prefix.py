@@ -7,7 +7,7 @@ import torch
 from device import PAGE, SCALE
 
 import kvspan
-from kvspan import KVCache, Pool
+from kvspan import KVCache, LayerSpec, Pool
 
 HEADS, DIM = 5, 16 * SCALE
 RECORD = 2 * 2 * HEADS * DIM * 4  # two layers' keys and values: 51.2 tokens a page
@@ -189,6 +189,25 @@ def test_what_is_mapped_is_not_evicted(pool: Pool, cache: KVCache) -> None:
     check(cache, live, ids)
     assert cache.sequence(token_ids=ids).length == 9 * PAGE // RECORD
     live.release()
+
+
+def test_pages_that_windows_left_are_given_up_with_their_chunks(pool: Pool) -> None:
+    layers = [LayerSpec(HEADS, DIM, torch.float32, window=window) for window in (None, 20)]
+    with KVCache(pool, layers=layers, max_seqs=4, max_seq_len=1000) as cache:
+        ids = prompt(500)
+        live = committed(cache, ids)
+        live.drop_before(480)
+        kept = cache.stats().prefix_bytes
+        in_use = pool.stats().in_use_bytes
+        freed = cache.trim()  # nobody maps them, but what else their chunks hold is mapped
+        assert freed == in_use - pool.stats().in_use_bytes > 0
+        assert cache.stats().prefix_bytes < kept
+        rest = pool.capacity - pool.stats().in_use_bytes
+        other = KVCache(
+            pool, 1, 1, PAGE // 2, torch.int8, max_seqs=1, max_seq_len=64, overread_tokens=0
+        ).sequence()
+        other.extend(rest // PAGE)  # and all else can be had
+        assert live.layer(0)[0].shape[0] == 500
 
 
 def test_close_lets_go(pool: Pool) -> None:

@@ -16,7 +16,8 @@ from transformers import cache_utils
 import kvspan
 from kvspan.transformers import SpanCache
 
-DynamicCache = cache_utils.DynamicCache
+# By another name: what is called DynamicCache is replaced, here as well.
+ORIGINAL = cache_utils.DynamicCache
 POOL = kvspan.Pool(capacity="4GiB", page_size="64KiB")
 
 
@@ -25,7 +26,7 @@ class SpanForDynamic(SpanCache):
 
     def __new__(cls, *data: Any, offloading: bool = False, **options: Any) -> Any:
         if offloading:
-            return DynamicCache(*data, offloading=True, **options)
+            return ORIGINAL(*data, offloading=True, **options)
         return super().__new__(cls)
 
     n_made = 0
@@ -40,7 +41,7 @@ class SpanForDynamic(SpanCache):
 
 def pytest_configure(config: Any) -> None:
     for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get("DynamicCache") is DynamicCache:
+        if getattr(module, "__dict__", {}).get("DynamicCache") is ORIGINAL:
             module.DynamicCache = SpanForDynamic  # type: ignore[attr-defined]
     assert transformers.DynamicCache is SpanForDynamic
 

@@ -238,6 +238,31 @@ def test_a_cache_that_is_dropped_gives_the_memory_back_at_once(
         gc.enable()
 
 
+def test_layers_of_other_lengths_are_told_apart_or_refused(pool: kvspan.Pool) -> None:
+    config = make("llama").config
+    ahead = 300  # pages further than the others
+    with SpanCache(config, pool=pool) as cache:
+        for layer in range(4):
+            cache.update(*states(2, ahead if layer == 1 else 4), layer)
+        cache.crop(-1)
+        assert [layer.get_seq_length() for layer in cache.layers] == [3, ahead - 1, 3, 3]
+        assert written(cache, 1)[1] == [*range(1000, 1000 + ahead - 1)]
+        cache.reorder_cache(torch.tensor([0, 0]))
+        with pytest.raises(kvspan.InvalidArgument, match=r"SpanCache\(\), without a config"):
+            write(cache, 2, 1)
+        assert cache.get_seq_length() == 3
+    crossing = copy.deepcopy(config)
+    crossing.cross_attention_layers = [1]
+    for cache in (SpanCache(pool=pool), SpanCache(crossing, pool=pool)):
+        with cache:
+            for layer in range(4):
+                cache.update(*states(2, ahead if layer == 1 else 4), layer)
+            cache.reorder_cache(torch.tensor([0, 0]))
+            cache.update(*(t[[1, 0]] for t in states(2, 1, 4)), 0)
+            assert written(cache, 0) == [[0, 1, 2, 3, 1004], [0, 1, 2, 3, 4]]
+            assert written(cache, 1) == [[*range(ahead)]] * 2
+
+
 def test_layers_of_all_kinds_grow_or_none() -> None:
     config = make("gemma3").config
     with (

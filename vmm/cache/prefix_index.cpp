@@ -170,6 +170,15 @@ bool PrefixIndex::is_mapped(const Node& node) const {
   return is_any;
 }
 
+bool PrefixIndex::follows_unmapped(const Node& node) const {
+  bool is_any = false;
+  for (const Node* one = &node; one->parent != nullptr && !is_any; one = one->parent) {
+    for_each_frame(one->pages,
+                   [&](FrameId frame) { is_any = is_any || store_.references(frame) == 1; });
+  }
+  return is_any;
+}
+
 Pages PrefixIndex::remove(Node& node) noexcept {
   Pages freed{};
   for_each_frame(node.pages, [&](FrameId frame) {
@@ -199,6 +208,16 @@ Pages PrefixIndex::evict(Pages wanted, Pages& let_go) noexcept {
       touch(&node);
     } else {
       freed += remove(node);
+    }
+  }
+  // Of a chunk that is mapped in part, such as without the pages that windows left, the rest goes
+  // at last, and for it the chunks that follow: from the ends of chains, which stand behind.
+  for (auto place = recent_.end(); place != recent_.begin() && freed < wanted;) {
+    Node& node = **std::prev(place);
+    if (node.children.empty() && follows_unmapped(node)) {
+      freed += remove(node);
+    } else {
+      --place;
     }
   }
   let_go = before - figures_.held;

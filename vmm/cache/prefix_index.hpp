@@ -78,7 +78,8 @@ class PrefixIndex {
   // that were known already. `new_pages`: pages of frames that the index did not hold before.
   Found publish(const std::string& salt, std::span<Chunk> chunks, Fence written, Pages& new_pages);
 
-  // Forgets chunks that nobody maps until `wanted` pages are free, or all are gone that can be.
+  // Forgets chunks until `wanted` pages are free, or all are gone that only the index references:
+  // first those that nobody maps, then those of which a part is mapped, and what follows them.
   // Returns the pages that nobody references any more; `let_go` counts those that it held.
   Pages evict(Pages wanted, Pages& let_go) noexcept;
   // Pages that only the index references.
@@ -105,6 +106,8 @@ class PrefixIndex {
   Node& add(Node& parent, const Chunk& chunk, Fence written, Pages& new_pages);
   void touch(Node* node);
   bool is_mapped(const Node& node) const;
+  // Whether it or a chunk before it has a frame that only the index references.
+  bool follows_unmapped(const Node& node) const;
   Pages remove(Node& node) noexcept;
   void append(const Node& node, Found& found) const;
 

@@ -228,17 +228,20 @@ class EncoderDecoderSpanCache(EncoderDecoderCache):  # type: ignore[misc]
 def _layers_of(config: PreTrainedConfig, sizes: Sizes) -> list[Any]:
     """Return the layers of a model. Those of one kind are alike, and share rows."""
     kinds, options = get_layer_types_and_kwargs(config)
+    crossing = getattr(config, "cross_attention_layers", None) or ()  # to images, of other lengths
     alike = [
-        (kind, given.get("sliding_window")) for kind, given in zip(kinds, options, strict=True)
+        (kind, given.get("sliding_window"), i in crossing)
+        for i, (kind, given) in enumerate(zip(kinds, options, strict=True))
     ]
     shared = {one: Rows([one[1]] * alike.count(one), sizes) for one in alike}
-    for rows in shared.values():
-        rows.grow_with(list(shared.values()))
+    of_text = [rows for (_, _, is_crossing), rows in shared.items() if not is_crossing]
+    for rows in of_text:
+        rows.grow_with(of_text)
     return [
-        _layer(window, shared[kind, window], alike[:i].count((kind, window)), kind)
-        if kind in ("full_attention", "sliding_attention", "chunked_attention")
-        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options[i])
-        for i, (kind, window) in enumerate(alike)
+        _layer(one[1], shared[one], alike[:i].count(one), one[0])
+        if one[0] in ("full_attention", "sliding_attention", "chunked_attention")
+        else DYNAMIC_LAYER_TYPE_MAPPING[one[0]](**options[i])
+        for i, one in enumerate(alike)
     ]
 
 

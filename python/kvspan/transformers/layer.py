@@ -133,9 +133,7 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not r
                 f"crop takes how many tokens to remove as a negative number, not {tokens_to_remove}"
             )
         if self.is_initialized:
-            length = max(0, self.length + tokens_to_remove)
-            self.rows.lengths[self.index] = length
-            self.rows.cut(length)
+            self.rows.cut(self.index, max(0, self.length + tokens_to_remove))
 
     def reset(self) -> None:
         """Forget all tokens, and give the slots of all layers that share the rows back."""

@@ -43,6 +43,7 @@ class Rows:
         self._n_slots = 0
         self._planes: list[tuple[torch.Tensor, ...]] = []
         self._dropped = 0  # positions before it, in layers with windows
+        self._shared_below = 0  # positions before it may be several rows', in all layers
         self.length = 0
         self.lengths = [0] * len(self._windows)
         """What each layer has seen: less than `length` until it has had its turn in a step."""
@@ -111,8 +112,9 @@ class Rows:
 
     def commit(self, token_ids: torch.Tensor) -> None:
         """Let others begin with the tokens ``[rows, at least length]`` of these rows."""
+        held = min(self.lengths)
         for sequence, ids in zip(self._bound.sequences, token_ids, strict=True):
-            sequence.commit(ids[: self.length])
+            sequence.commit(ids[:held])
 
     def __len__(self) -> int:
         return 0 if self._batch is None else len(self._batch)
@@ -131,11 +133,20 @@ class Rows:
 
         Raises
         ------
+        InvalidArgument
+            The layer is shorter than others were when rows were repeated or copied: it would write
+            where rows share memory.
         CapacityError, OutOfMemory
             As `reach`.
         """
         begin = self.lengths[layer]
         end = begin + n_tokens
+        if begin < self._shared_below:
+            raise InvalidArgument(
+                f"a layer holds {begin} tokens a row, and others held {self._shared_below} when "
+                "rows were repeated or copied; where layers differ in length, use SpanCache(), "
+                "without a config: each has pages of its own"
+            )
         self.reach(end)
         self.lengths[layer] = end
         return begin, end
@@ -181,9 +192,10 @@ class Rows:
         for sequence in self._bound.sequences:
             sequence.truncate(length)
         self.length = length
+        self._shared_below = min(self._shared_below, length)
 
-    def cut(self, length: int) -> None:
-        """Forget what is behind `length`.
+    def cut(self, layer: int, length: int) -> None:
+        """Forget what a layer has behind `length`, and, once no layer has more, the pages.
 
         Raises
         ------
@@ -196,8 +208,10 @@ class Rows:
                     f"cannot go back to {length} tokens: a window of {self._window} has left "
                     f"positions before {self._dropped}"
                 )
-            self._truncate(length)
-        if self.records_past:
+            self.lengths[layer] = length
+            if max(self.lengths) < self.length:
+                self._truncate(max(self.lengths))
+        if self.records_past and min(self.lengths) == self.length:  # it was the last layer's turn
             self._leave_windows()
 
     def select(self, rows: Items[int]) -> None:
@@ -211,6 +225,8 @@ class Rows:
             )
         was = len(self)
         self._batch.select(rows)
+        if len(set(rows)) < len(rows):
+            self._shared_below = self.length
         if len(self) != was:
             self._planes = self._views()
 
@@ -221,8 +237,7 @@ class Rows:
                 sequence.release()
         self._batch = None
         self._planes = []
-        self._dropped = 0
-        self.length = 0
+        self._dropped = self._shared_below = self.length = 0
         self.lengths = [0] * len(self.lengths)
 
     def close(self) -> None:
@@ -237,6 +252,7 @@ class Rows:
         other.state = graph.state_of(other)
         if self._batch is not None:
             other._batch = self._batch.fork()
+            self._shared_below = other._shared_below = self.length
             other._planes = other._views()
         memo[id(self)] = other
         there = [rows for ref in self._together if (rows := ref()) is not None]
