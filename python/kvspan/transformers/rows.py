@@ -168,7 +168,9 @@ class Rows:
         was = self.length
         grown: list[Rows] = []
         try:
-            for rows in (self, *(ref() for ref in self._together)):
+            self._step_to(length)
+            grown.append(self)
+            for rows in (ref() for ref in self._together):
                 if rows is not None and rows.is_bound and rows.length == was:
                     rows._step_to(length)
                     grown.append(rows)
