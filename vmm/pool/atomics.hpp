@@ -1,10 +1,10 @@
-// The atomics that the pool is written against: std's, or, where KVSPAN_EXPLORED is defined, those
-// of the explorer in tests/cpp/explorer, which runs the pool's sources in every order that the C++
-// memory model allows.
+// The atomics that the pool is written against: std's, or those of another header, such as the
+// explorer's in tests/cpp/explorer, which runs the pool's sources in every order that the C++ memory
+// model allows.
 #pragma once
 
-#ifdef KVSPAN_EXPLORED
-#include "explorer/atomics.hpp"
+#ifdef KVSPAN_ATOMICS_HEADER
+#include KVSPAN_ATOMICS_HEADER
 #else
 #include <atomic>
 
