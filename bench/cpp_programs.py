@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -39,6 +40,9 @@ def build(target: str) -> None:
     configure += ["-DKVSPAN_PYTHON=OFF", "-DKVSPAN_BENCH=ON"]
     # Which Python is asked for the CUDA header that came with it.
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    boost = importlib.util.find_spec("boost_headers")
+    if boost is not None and boost.origin is not None:
+        configure += [f"-DBOOST_HEADERS={Path(boost.origin).parent / 'include'}"]
     configure += [f"-DCMAKE_RUNTIME_OUTPUT_DIRECTORY={BUILD / 'bin'}"]
     if not (BUILD / "CMakeCache.txt").exists() and shutil.which("ninja", path=_tool_path()):
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
