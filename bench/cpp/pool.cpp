@@ -1,306 +1,374 @@
-// What taking frames and giving them back costs, in the frame pool and in what else one would use.
-// Batches of 16 were taken and given back at random until half of the frames are free.
-#include <pthread.h>
-#include <signal.h>
+// The frame pool beside other free lists: what taking and giving frames costs one thread and two,
+// what goes on while a thread is stopped in the middle of it, in how many runs of adjacent frames a
+// batch lies, and what a frame costs in memory.
+//
+// Times are of free lists in one of two states. "steady": requests of 1 to 32 frames have come and
+// gone at random, of all frames half are in use. "scattered": a random half is in use, which leaves
+// no list any order and the pool no long runs. Every list is checked before and after: all ids are
+// there, once each.
+#include <malloc.h>
+#include <sched.h>
+#include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
-#include <cstdint>
+#include <cerrno>
+#include <csignal>
 #include <cstdlib>
-#include <ctime>
+#include <fstream>
+#include <map>
 #include <memory>
-#include <mutex>
-#include <numeric>
 #include <random>
 #include <span>
-#include <stdexcept>
+#include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
-#include "pool/frame_pool.hpp"
+#include "free_lists.hpp"
 #include "samples.hpp"
-
-#if __has_include(<boost/lockfree/stack.hpp>)
-#include <boost/lockfree/stack.hpp>
-#define KVSPAN_BENCH_BOOST 1
-#endif
 
 namespace {
 
 using namespace kvspan;
+using namespace kvspan::bench;
 
-constexpr std::uint32_t kFrames = 1 << 16, kBatch = 16;
-constexpr SizeClass kClass{0};
-constexpr int kStalls = 20;
+constexpr std::uint32_t kFrames = 1 << 20;
+constexpr std::uint32_t kManyFrames = 1 << 22;  // where memory is measured
+constexpr std::size_t kLargest = 32;            // frames of a request
+constexpr std::size_t kBatch = 16;
+constexpr auto kThreadsRun = std::chrono::milliseconds(20);
+constexpr timespec kStall = {.tv_sec = 0, .tv_nsec = 5'000'000};
 
-void stall(int);
-
-// ---- what is compared: take fills `out` or returns false, give takes back ----
-
-class Ours {
- public:
-  static constexpr const char* kName = "kvspan";
-  bool take(std::span<FrameId> out) { return pool_.take(kClass, out); }
-  bool give(std::span<const FrameId> frames) { return pool_.give(frames).refused == 0; }
-
- private:
-  FramePool pool_{Pages(kFrames), kClass};
-};
-
-// A vector of free ids under a lock. With checks, it counts references as the pool does, and
-// refuses ids that are foreign or free.
-template <bool kChecks>
-class Locked {
- public:
-  static constexpr const char* kName = kChecks ? "mutex, checked" : "mutex";
-  Locked() : free_(kFrames), references_(kFrames) { std::iota(free_.begin(), free_.end(), 0u); }
-
-  bool take(std::span<FrameId> out) {
-    const std::scoped_lock lock(mutex_);
-    if (free_.size() < out.size()) return false;
-    for (FrameId& frame : out) {
-      frame = FrameId(kClass, free_.back());
-      free_.pop_back();
-      if (kChecks) references_[frame.index()] = 1;
-    }
-    return true;
-  }
-
-  bool give(std::span<const FrameId> frames) {
-    const std::scoped_lock lock(mutex_);
-    bool is_right = true;
-    for (const FrameId frame : frames) {
-      if (kChecks) {
-        if (frame.index() >= kFrames || references_[frame.index()] == 0) {
-          is_right = false;
-          continue;
-        }
-        if (--references_[frame.index()] > 0) continue;
-      }
-      free_.push_back(frame.index());
-    }
-    return is_right;
-  }
-
-  void stall_inside() {
-    const std::scoped_lock lock(mutex_);
-    stall(0);
-  }
-
- private:
-  std::mutex mutex_;
-  std::vector<std::uint32_t> free_, references_;
-};
-
-#ifdef KVSPAN_BENCH_BOOST
-class BoostStack {
- public:
-  static constexpr const char* kName = "boost::lockfree::stack";
-  BoostStack() {
-    for (std::uint32_t i = 0; i < kFrames; ++i) free_.push(i);
-  }
-  bool take(std::span<FrameId> out) {
-    for (std::size_t n = 0; n < out.size(); ++n) {
-      std::uint32_t id = 0;
-      if (!free_.pop(id)) return give(out.first(n)) && false;
-      out[n] = FrameId(kClass, id);
-    }
-    return true;
-  }
-  bool give(std::span<const FrameId> frames) {
-    for (const FrameId frame : frames) free_.push(frame.index());
-    return true;
-  }
-
- private:
-  boost::lockfree::stack<std::uint32_t> free_{kFrames};
-};
-#endif
-
-// ---- measuring ----
-
-using Batches = std::vector<std::vector<FrameId>>;
-
-// A pool of which half is in use, by batches that came and went; and those batches.
-template <class Pool>
-std::pair<std::unique_ptr<Pool>, Batches> half_used() {
-  auto pool = std::make_unique<Pool>();
-  Batches batches(kFrames / kBatch, std::vector<FrameId>(kBatch));
-  std::vector<FrameId> all;
-  for (auto& batch : batches) {
-    if (!pool->take(batch)) throw std::runtime_error("not all frames can be had");
-    all.insert(all.end(), batch.begin(), batch.end());
-  }
-  std::ranges::sort(all);
-  if (std::ranges::adjacent_find(all) != all.end()) throw std::runtime_error("a frame twice");
-  std::mt19937 random(1);
-  std::ranges::shuffle(batches, random);
-  const auto give_last = [&] {
-    if (!pool->give(batches.back())) throw std::runtime_error("refused");
-  };
-  for (; batches.size() > kFrames / kBatch / 2; batches.pop_back()) give_last();
-  for (int i = 0; i < 20'000; ++i) {
-    std::swap(batches[random() % batches.size()], batches.back());
-    give_last();
-    if (!pool->take(batches.back())) throw std::runtime_error("a free frame cannot be had");
-  }
-  return {std::move(pool), std::move(batches)};
+void require(bool ok, const std::string& what) {
+  if (ok) return;
+  std::fprintf(stderr, "%s\n", what.c_str());
+  std::exit(1);
 }
 
-template <class Pool>
-void take_and_give(Pool& pool, std::span<FrameId> batch, int times) {
-  for (int i = 0; i < times; ++i) {
-    if (!pool.take(batch) || !pool.give(batch)) std::abort();
-  }
-}
-
-double thread_seconds() {
+double cpu_seconds() {
   timespec now{};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
 }
 
-// Seconds of CPU a take and give, of the slowest of so many threads at once.
-template <class Pool>
-double measure(std::size_t n_frames, int n_threads) {
-  const auto pool = half_used<Pool>().first;
-  const int times = static_cast<int>(400'000 / n_frames);
-  std::atomic<int> n_ready{0};
-  std::vector<double> seconds(static_cast<std::size_t>(n_threads));
-  const auto work = [&](double& mine) {
-    std::vector<FrameId> batch(n_frames);
-    take_and_give(*pool, batch, times / 10);
-    ++n_ready;
-    while (n_ready < n_threads) {
-    }
-    const double begin = thread_seconds();
-    take_and_give(*pool, batch, times);
-    mine = (thread_seconds() - begin) / times;
-  };
-  std::vector<std::thread> others;
-  for (std::size_t i = 1; i < seconds.size(); ++i) {
-    others.emplace_back([&, i] { work(seconds[i]); });
+// Threads that are measured together run on one processor each.
+void run_on(int processor) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(static_cast<unsigned>(processor), &set);
+  sched_setaffinity(0, sizeof set, &set);
+}
+
+double resident_bytes() {
+  std::ifstream statm("/proc/self/statm");
+  double all = 0, resident = 0;
+  statm >> all >> resident;
+  return resident * static_cast<double>(sysconf(_SC_PAGESIZE));
+}
+
+std::size_t n_runs(std::span<FrameId> frames) {
+  std::ranges::sort(frames);
+  std::size_t n = 1;
+  for (std::size_t i = 1; i < frames.size(); ++i) n += frames[i] != frames[i - 1].next();
+  return n;
+}
+
+// The thread that is stopped notes what the other one did meanwhile. One at a time.
+std::atomic<bool> in_operation{false}, stall_is_due{false}, stall_is_over{false};
+std::atomic<std::uint64_t> n_done_by_other{0}, n_done_meanwhile{0};
+
+void stall() {
+  stall_is_due = false;
+  const std::uint64_t before = n_done_by_other.load();
+  timespec left = kStall;
+  while (nanosleep(&left, &left) != 0) {
   }
-  work(seconds[0]);
-  for (std::thread& other : others) other.join();
-  return std::ranges::max(seconds);
+  n_done_meanwhile = n_done_by_other.load() - before;
+  stall_is_over = true;
 }
 
-// Runs of adjacent frames in a batch.
-template <class Pool>
-double runs_a_batch() {
-  Batches batches = half_used<Pool>().second;
-  std::size_t n_runs = 0;
-  for (auto& batch : batches) {
-    std::ranges::sort(batch);
-    ++n_runs;
-    for (std::size_t i = 1; i < batch.size(); ++i) n_runs += batch[i] != batch[i - 1].next();
-  }
-  return static_cast<double>(n_runs) / static_cast<double>(batches.size());
+void on_signal(int) {
+  const int saved = errno;
+  if (in_operation && stall_is_due) stall();
+  errno = saved;
 }
 
-std::atomic<bool> is_stalled{false};
+struct Samples {
+  std::vector<double> values;
+  const char* unit = "s";
+};
+std::map<std::string, Samples> measured;
 
-void sleep_5_ms() {
-  timespec left{.tv_sec = 0, .tv_nsec = 5'000'000};
-  nanosleep(&left, nullptr);
+void add(const std::string& name, double sample, const char* unit = "s") {
+  measured[name].values.push_back(sample);
+  measured[name].unit = unit;
 }
 
-void stall(int) {
-  is_stalled = true;
-  sleep_5_ms();
-  is_stalled = false;
-}
-
-// Takes and gives of one thread while another is stopped in the middle of one: wherever a signal
-// finds it, or, with a mutex, where it holds that.
-template <class Pool>
-double done_beside_a_stalled_thread() {
-  const auto pool = half_used<Pool>().first;
-  std::atomic<bool> is_over{false};
-  std::thread victim([&] {
-    std::vector<FrameId> batch(1);
-    while (!is_over) {
-      if constexpr (requires { pool->stall_inside(); }) {
-        pool->stall_inside();
-        sleep_5_ms();
-      } else {
-        take_and_give(*pool, batch, 1);
-      }
-    }
-  });
-  std::uint64_t n_done = 0;
-  std::thread worker([&] {
-    std::vector<FrameId> batch(1);
-    while (!is_over) {
-      const bool was_stalled = is_stalled;
-      take_and_give(*pool, batch, 1);
-      n_done += was_stalled && is_stalled;
-    }
-  });
-  for (int i = 0; i < kStalls; ++i) {
-    if constexpr (!requires { pool->stall_inside(); }) {
-      pthread_kill(victim.native_handle(), SIGUSR1);
-    }
-    sleep_5_ms();
-    sleep_5_ms();
-  }
-  is_over = true;
-  victim.join();
-  worker.join();
-  return static_cast<double>(n_done) / kStalls;
-}
-
-struct Case {
-  std::string name;
-  double (*run)();
-  std::vector<double> samples = {};
+// A free list in one of the two states, whatever its type.
+class Subject {
+ public:
+  virtual ~Subject() = default;
+  virtual void pairs(std::size_t n) = 0;
+  virtual void mixed() = 0;
+  virtual void threads(int n_threads, std::size_t n) = 0;
+  virtual void stalled() = 0;
+  virtual void runs() = 0;
+  virtual void check() = 0;
 };
 
-template <class Pool, std::size_t kBatch, int kThreads>
-double taken_and_given() {
-  return measure<Pool>(kBatch, kThreads);
-}
+template <class List>
+class SubjectOf final : public Subject {
+ public:
+  SubjectOf(std::string name, bool steady)
+      : name_(std::move(name)), state_(steady ? "steady" : "scattered") {
+    std::vector<FrameId> all = take_all();
+    std::ranges::shuffle(all, random_);
+    Worker<List> worker{*list_};
+    if constexpr (Worker<List>::kChecks) {
+      const FrameId twice[] = {all.back(), all.back(), FrameId(kSingle, kFrames)};
+      FrameId again[1];
+      require(worker.give(twice) == 2 && worker.take(again) && again[0] == all.back(), name_);
+    }
+    for (std::size_t i = 0; i < (steady ? kFrames : kFrames / 2); i += kBatch) {
+      require(worker.give(std::span(all).subspan(i, kBatch)) == 0, name_);
+    }
+    if (steady) {
+      held_.resize(kFrames / ((1 + kLargest) / 2));  // of which half hold frames at a time
+      for (std::size_t i = 0; i < 10 * held_.size(); ++i) toggle(worker);
+    } else {
+      held_.emplace_back(all.begin() + kFrames / 2, all.end());
+    }
+  }
 
-template <class Pool>
-void add(std::vector<Case>& cases) {
-  const std::string name = std::string(Pool::kName) + ", ";
-  cases.push_back({name + "1 frame", taken_and_given<Pool, 1, 1>});
-  cases.push_back({name + "16 frames", taken_and_given<Pool, 16, 1>});
-  cases.push_back({name + "256 frames", taken_and_given<Pool, 256, 1>});
-  cases.push_back({name + "1 frame, two threads", taken_and_given<Pool, 1, 2>});
-  cases.push_back({name + "16 frames, two threads", taken_and_given<Pool, 16, 2>});
-}
+  // One thread, CPU time of a take and give of n.
+  void pairs(std::size_t n) override {
+    Worker<List> worker{*list_};
+    std::vector<FrameId> frames(n);
+    const std::size_t rounds = 200'000 / (n + 4);
+    const double begin = cpu_seconds();
+    for (std::size_t i = 0; i < rounds; ++i) pair(worker, frames);
+    const double seconds = cpu_seconds() - begin;
+    record("pair of " + std::to_string(n), seconds / static_cast<double>(rounds));
+  }
 
-template <class Pool>
-void print_others(int repeats) {
-  bench::print_samples(std::string(Pool::kName) + ", runs in 16 frames", {runs_a_batch<Pool>()},
-                       "runs");
-  std::vector<double> done;
-  for (int i = 0; i < repeats; ++i) done.push_back(done_beside_a_stalled_thread<Pool>());
-  bench::print_samples(std::string(Pool::kName) + ", done beside a thread stalled for 5 ms", done,
-                       "");
+  // One thread, CPU time a frame while requests come and go. Only for "steady".
+  void mixed() override {
+    Worker<List> worker{*list_};
+    std::size_t n_frames = 0;
+    const double begin = cpu_seconds();
+    for (int i = 0; i < 5'000; ++i) n_frames += toggle(worker);
+    record("mixed requests, a frame", (cpu_seconds() - begin) * 2 / static_cast<double>(n_frames));
+  }
+
+  void threads(int n_threads, std::size_t n) override {
+    std::atomic<int> n_ready{0};
+    std::atomic<bool> go{false}, stop{false};
+    std::atomic<double> cpu{0}, n_done{0};
+    std::vector<std::jthread> threads;
+    for (int t = 0; t < n_threads; ++t) {
+      threads.emplace_back([&, t] {
+        run_on(t);
+        Worker<List> worker{*list_};
+        std::vector<FrameId> frames(n);
+        std::uint64_t done = 0;
+        ++n_ready;
+        while (!go) std::this_thread::yield();
+        const double begin = cpu_seconds();
+        for (; !stop.load(std::memory_order_relaxed); ++done) pair(worker, frames);
+        cpu += cpu_seconds() - begin;
+        n_done += static_cast<double>(done);
+      });
+    }
+    while (n_ready < n_threads) std::this_thread::yield();
+    const double wall = timed([&] {
+      go = true;
+      std::this_thread::sleep_for(kThreadsRun);
+      stop = true;
+    });
+    threads.clear();  // joins
+    const std::string what =
+        "pair of " + std::to_string(n) + ", threads: " + std::to_string(n_threads);
+    record(what + ", wall", wall / n_done);
+    record(what + ", CPU", cpu / n_done);
+  }
+
+  // Pairs that one thread completes while another one is stopped: with the mutex in its hands, or
+  // else wherever in its operation a signal meets it.
+  void stalled() override {
+    std::atomic<bool> stop{false};
+    const auto work = [&](auto before, auto after) {
+      Worker<List> worker{*list_};
+      std::array<FrameId, kBatch> frames;
+      while (!stop) {
+        before();
+        pair(worker, frames);
+        after();
+      }
+    };
+    std::jthread other([&] {
+      run_on(1);
+      work([] {}, [] { n_done_by_other.fetch_add(1); });
+    });
+    std::jthread victim([&] {
+      run_on(0);
+      if constexpr (requires { list_->holding(stall); }) {
+        work(
+            [&] {
+              if (stall_is_due) list_->holding(stall);
+            },
+            [] {});
+      } else {
+        work([] { in_operation = true; }, [] { in_operation = false; });
+      }
+    });
+    std::uniform_int_distribution<int> microseconds(100, 1000);
+    for (int i = 0; i < 5; ++i) {
+      stall_is_over = false;
+      stall_is_due = true;
+      while (!stall_is_over) {
+        std::this_thread::sleep_for(std::chrono::microseconds(microseconds(random_)));
+        if (stall_is_due) pthread_kill(victim.native_handle(), SIGUSR1);
+      }
+      record("pairs of 16 beside a stall of 5 ms", static_cast<double>(n_done_meanwhile), "");
+    }
+    stop = true;
+  }
+
+  void runs() override {
+    Worker<List> worker{*list_};
+    std::vector<std::array<FrameId, kBatch>> batches(1000);
+    std::size_t n = 0;
+    for (auto& batch : batches) {
+      require(worker.take(batch), name_);
+      n += n_runs(batch);
+    }
+    for (auto& batch : batches) worker.give(batch);
+    record("runs of a batch of 16", static_cast<double>(n) / static_cast<double>(batches.size()),
+           "");
+  }
+
+  // Ends the use of the list.
+  void check() override {
+    Worker<List> worker{*list_};
+    for (const std::vector<FrameId>& frames : held_) worker.give(frames);
+    take_all();
+  }
+
+ private:
+  void record(const std::string& what, double sample, const char* unit = "s") {
+    add(what + ", " + state_ + ", " + name_, sample, unit);
+  }
+
+  void pair(Worker<List>& worker, std::span<FrameId> frames) {
+    if (!worker.take(frames) || worker.give(frames) != 0) require(false, name_ + " is wrong");
+  }
+
+  // A request goes, or another comes. Returns how many frames it has.
+  std::size_t toggle(Worker<List>& worker) {
+    std::vector<FrameId>& request = held_[random_() % held_.size()];
+    const std::size_t n = request.empty() ? 1 + random_() % kLargest : request.size();
+    if (request.empty()) {
+      request.resize(n);
+      require(worker.take(request), name_);
+    } else {
+      require(worker.give(request) == 0, name_);
+      request.clear();
+    }
+    return n;
+  }
+
+  // By two threads at once. Requires that all are free: then each comes once.
+  std::vector<FrameId> take_all() {
+    std::array<std::vector<FrameId>, 2> taken;
+    std::vector<std::jthread> threads;
+    for (std::vector<FrameId>& mine : taken) {
+      threads.emplace_back([&mine, this] {
+        Worker<List> worker{*list_};
+        std::array<FrameId, kBatch> batch;
+        while (worker.take(batch)) mine.insert(mine.end(), batch.begin(), batch.end());
+      });
+    }
+    threads.clear();  // joins
+    std::vector<FrameId> all = std::move(taken[0]);
+    all.insert(all.end(), taken[1].begin(), taken[1].end());
+    // What one thread had in its hands the other did not find.
+    Worker<List> worker{*list_};
+    for (FrameId frame; worker.take({&frame, 1});) all.push_back(frame);
+    std::ranges::sort(all);
+    for (std::uint32_t i = 0; i < kFrames; ++i) {
+      require(all.size() == kFrames && all[i] == FrameId(kSingle, i), name_ + ": frames are lost");
+    }
+    return all;
+  }
+
+  const std::string name_, state_;
+  std::unique_ptr<List> list_ = Worker<List>::make(kFrames);
+  std::vector<std::vector<FrameId>> held_;
+  std::minstd_rand random_{1};
+};
+
+// Resident memory once every frame has been taken and given back.
+template <class List>
+void measure_memory(const std::string& name) {
+  std::vector<FrameId> frames(kManyFrames);
+  malloc_trim(0);
+  const double before = resident_bytes();
+  const auto list = Worker<List>::make(kManyFrames);
+  Worker<List> worker{*list};
+  const auto batch = [&](std::size_t i) { return std::span(frames).subspan(i, kBatch); };
+  for (std::size_t i = 0; i < kManyFrames; i += kBatch) require(worker.take(batch(i)), name);
+  const double taken = resident_bytes();
+  for (std::size_t i = 0; i < kManyFrames; i += kBatch) require(!worker.give(batch(i)), name);
+  const double given = resident_bytes();
+  add("resident bytes a frame, " + name, (given - before) / kManyFrames, "");
+  if constexpr (std::is_same_v<List, FramePool>) {
+    // Taking fresh frames touches the reference counts only, giving them back the bitmaps.
+    add("of these the free list", (given - taken) / kManyFrames, "");
+  }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int repeats = argc > 1 ? std::atoi(argv[1]) : 9;
+  const int repeats = argc > 1 ? std::atoi(argv[1]) : 15;
   struct sigaction action{};
-  action.sa_handler = stall;
+  action.sa_handler = on_signal;
   sigaction(SIGUSR1, &action, nullptr);
 
-  std::vector<Case> cases;
-  add<Ours>(cases);
-  add<Locked<false>>(cases);
-  add<Locked<true>>(cases);
-#ifdef KVSPAN_BENCH_BOOST
-  add<BoostStack>(cases);
-#endif
-  for (int i = 0; i < repeats; ++i) {
-    for (Case& one : cases) one.samples.push_back(one.run());
+  std::vector<std::unique_ptr<Subject>> steady, scattered;
+  for_each_list(
+      []<class List>(std::type_identity<List>, const char* name) { measure_memory<List>(name); });
+  for_each_list([&]<class List>(std::type_identity<List>, const char* name) {
+    steady.push_back(std::make_unique<SubjectOf<List>>(name, true));
+    scattered.push_back(std::make_unique<SubjectOf<List>>(name, false));
+  });
+  const auto in_turn = [](auto& subjects, auto measure) {
+    for (const auto& subject : subjects) measure(*subject);
+    std::ranges::rotate(subjects, subjects.begin() + 1);  // another one is first next time
+  };
+  std::atomic<int> number{0};
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    const double begin = cpu_seconds();
+    for (int i = 0; i < 100'000; ++i) number.fetch_add(1);
+    add("one atomic addition", (cpu_seconds() - begin) / 100'000);
+    for (const std::size_t n : {1u, 16u, 256u}) {
+      in_turn(steady, [&](Subject& subject) { subject.pairs(n); });
+      in_turn(scattered, [&](Subject& subject) { subject.pairs(n); });
+    }
+    in_turn(steady, [](Subject& subject) { subject.mixed(); });
+    for (const std::size_t n : {1u, 16u}) {
+      for (const int n_threads : {1, 2}) {
+        in_turn(steady, [&](Subject& subject) { subject.threads(n_threads, n); });
+      }
+    }
+    in_turn(steady, [](Subject& subject) { subject.stalled(); });
+    in_turn(steady, [](Subject& subject) { subject.runs(); });
+    in_turn(scattered, [](Subject& subject) { subject.runs(); });
   }
-  for (const Case& one : cases) bench::print_samples(one.name, one.samples);
-  print_others<Ours>(repeats);
-  print_others<Locked<true>>(repeats);
+  in_turn(steady, [](Subject& subject) { subject.check(); });
+  in_turn(scattered, [](Subject& subject) { subject.check(); });
+  for (const auto& [name, samples] : measured) print_samples(name, samples.values, samples.unit);
 }
