@@ -2,9 +2,9 @@
 // what goes on while a thread is stopped in the middle of it, in how many runs of adjacent frames a
 // batch lies, and what a frame costs in memory.
 //
-// Times are of free lists in one of two states. "steady": requests of 1 to 32 frames have come and
-// gone at random, of all frames half are in use. "scattered": a random half is in use, which leaves
-// no list any order and the pool no long runs. Every list is checked before and after: all ids are
+// Times are of free lists in one of two states. "steady": all frames were free in random order,
+// then requests of 1 to 32 came and went until half were in use. "scattered": a random half is in
+// use, which leaves the pool no long runs. Every list is checked before and after: all ids are
 // there, once each.
 #include <malloc.h>
 #include <sched.h>
@@ -215,11 +215,8 @@ class SubjectOf final : public Subject {
     std::jthread victim([&] {
       run_on(0);
       if constexpr (requires { list_->holding(stall); }) {
-        work(
-            [&] {
-              if (stall_is_due) list_->holding(stall);
-            },
-            [] {});
+        const auto hold = [&] { return stall_is_due ? list_->holding(stall) : void(); };
+        work(hold, [] {});
       } else {
         work([] { in_operation = true; }, [] { in_operation = false; });
       }
@@ -298,9 +295,11 @@ class SubjectOf final : public Subject {
     Worker<List> worker{*list_};
     for (FrameId frame; worker.take({&frame, 1});) all.push_back(frame);
     std::ranges::sort(all);
-    for (std::uint32_t i = 0; i < kFrames; ++i) {
-      require(all.size() == kFrames && all[i] == FrameId(kSingle, i), name_ + ": frames are lost");
+    bool is_right = all.size() == kFrames;
+    for (std::uint32_t i = 0; is_right && i < kFrames; ++i) {
+      is_right = all[i] == FrameId(kSingle, i);
     }
+    require(is_right, name_ + ": frames are lost, or there twice");
     return all;
   }
 
