@@ -139,6 +139,10 @@ def test_what_a_graph_cannot_do_is_refused(pool: kvspan.Pool) -> None:
             step(prompt(2, 1), past_key_values=cache, attention_mask=seen)
         assert cache.get_seq_length() == 20
 
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="the cache holds 2 rows"):
+            step(prompt(1, 1), past_key_values=cache)
+        assert cache.get_seq_length() == 20
+
     t5 = copy.deepcopy(make("t5", "kvspan"))
     t5.forward = torch.compile(t5.forward, backend="eager")
     with (

@@ -85,13 +85,14 @@ class SpanLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not r
             States of another shape, dtype or device than the cache has.
         """
         rows = self.rows
-        if torch.compiler.is_compiling():
-            return graph.append(rows, self.index, key_states, value_states)
-        if not rows.is_bound:
+        is_compiling = torch.compiler.is_compiling()
+        if not (rows.is_bound or is_compiling):
             rows.bind(key_states, value_states)
         keys, values = rows.planes(self.index)
         _check_alike(keys, key_states)
         _check_alike(values, value_states)
+        if is_compiling:
+            return graph.append(rows, self.index, key_states, value_states)
         begin, end = rows.grow(self.index, key_states.shape[2])
         keys[:, :, begin:end].copy_(key_states.detach())
         values[:, :, begin:end].copy_(value_states.detach())
