@@ -44,7 +44,6 @@ def measure(
         caches.append(cache)
         runs = with_attention
         if compiled and name in (OURS, "StaticCache, sdpa"):
-            step(with_attention, cache, rows)
             runs = torch.compile(with_attention, fullgraph=True)
         steps[name] = functools.partial(step, runs, cache, rows)
     first = steps[OURS]().float()
