@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> Result:
                 found = cases(model, rows, tokens, repeats + 1, dtype)
                 for kind in KINDS:
                     cache = found[kind][1]()
-                    with torch.inference_mode():
-                        fill(cache, model.config, rows, tokens, dtype)
+                    fill(cache, model.config, rows, tokens, dtype)
                     label = f"{name}, {rows} x {tokens}: {kind.partition(',')[0]}"
                     timed[label] = functools.partial(append, cache, states)
             with torch.inference_mode():

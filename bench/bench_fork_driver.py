@@ -15,12 +15,11 @@ import argparse
 import torch
 
 import kvspan
+from bench_fork import DIM, HEADS, LAYERS, TOKEN_BYTES
 from emulator import NOT_A_GPU, Emulator
 from harness import BenchError, Result, Series
 
 NAME = "fork-driver"
-LAYERS, HEADS, DIM = 32, 8, 128
-TOKEN_BYTES = LAYERS * 2 * HEADS * DIM * 2
 BANDWIDTH = 2039e9  # bytes a second: NVIDIA A100 80GB SXM data sheet
 
 
@@ -53,12 +52,9 @@ def run(args: argparse.Namespace) -> Result:
             pool, LAYERS, HEADS, DIM, torch.bfloat16, max_seqs=4, max_seq_len=args.tokens + 1024
         )
 
-        def extend(sequence: kvspan.Sequence, grown: bool = grown) -> None:
-            for n in [1] * args.tokens if grown else [args.tokens]:
-                sequence.extend(n)
-
         parent = cache.sequence(args.tokens)
-        extend(parent)
+        for n in [1] * args.tokens if grown else [args.tokens]:
+            parent.extend(n)
         for what in ("copy, new frames", "copy, mapped already", "fork"):
             emulator.compute(1e6)  # what was queued is done
             handles, us = emulator.handles(), emulator.call_us()
@@ -74,7 +70,6 @@ def run(args: argparse.Namespace) -> Result:
             more = pool.stats().in_use_bytes - in_use
             show(f"{name}: {what}", us, emulator.handles() - handles, more)
             other.release()
-            emulator.compute(1e6)
         parent.release()
         cache.close()
         pool.close()

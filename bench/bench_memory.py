@@ -81,22 +81,30 @@ def run(args: argparse.Namespace) -> Result:
     """Measure every case."""
     result = Result({}, parameters={"model": args.model or "small Llama"})
     model = load(args.model)
+    # Made here for their names only; each is measured in a process of its own.
+    names = list(cases(load(None), 1, 1, STEPS, torch.float32))
     for name in args.dtypes:
         dtype = getattr(torch, name)
         for rows in args.batches:
             for tokens in args.contexts:
-                _measure(result, model.config, (rows, tokens, name), dtype, args.model)
+                cell = (rows, tokens, name)
+                _measure(result, names, model.config, cell, dtype, args.model)
     return result
 
 
 def _measure(
-    result: Result, config: Any, cell: tuple[int, int, str], dtype: torch.dtype, model: str | None
+    result: Result,
+    names: list[str],
+    config: Any,
+    cell: tuple[int, int, str],
+    dtype: torch.dtype,
+    model: str | None,
 ) -> None:
     rows, tokens, name = cell
     where = f"{name}, {rows} x {tokens}"
     live = kv_bytes(config, rows, tokens + STEPS, dtype)
     shown = [f"live {live / 2**20:.0f}"]
-    for case in cases(load(None), rows, tokens, STEPS, dtype):
+    for case in names:
         measured = json.loads(_output_of([case, rows, tokens, name, model]))
         result.measurements[f"{where}: {case}"] = Series((measured["peak"] / 2**20,), "MiB")
         shown.append(f"{case} {measured['peak'] / 2**20:.0f}")

@@ -17,6 +17,7 @@ import argparse
 import csv
 import gzip
 import heapq
+import math
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
@@ -72,19 +73,11 @@ def read_trace(path: Path) -> list[Request]:
         ]
 
 
-def upper_bound(requests: list[Request]) -> int:
-    """Return how many prompt tokens lie in whole ids that some earlier prompt had."""
-    known: set[int] = set()
-    saved = 0
-    for request in requests:
-        n = next((i for i, one in enumerate(request.ids) if one not in known), len(request.ids))
-        saved += min(n * ID_TOKENS, request.n_prompt)
-        known.update(request.ids)
-    return saved
+def upper_bound(requests: list[Request], n_tokens: float = math.inf) -> int:
+    """Return how many prompt tokens lie in whole ids that some earlier prompt had.
 
-
-def bound_of_capacity(requests: list[Request], n_tokens: int) -> int:
-    """Return the same with only so many tokens kept: the least recently used ids are forgotten."""
+    Of the ids so many tokens are kept; the least recently used are forgotten.
+    """
     known: OrderedDict[int, None] = OrderedDict()
     saved = 0
     for request in requests:
@@ -189,7 +182,7 @@ def run(args: argparse.Namespace) -> Result:
     result.measurements["upper bound at ids of 512"] = Series((100 * bound / prompts,), unit="%")
     for gib in args.capacity_gib:
         name = f"{gib} GiB"
-        kept = 100 * bound_of_capacity(requests, (gib << 30) // RECORD) / prompts
+        kept = 100 * upper_bound(requests, (gib << 30) // RECORD) / prompts
         result.measurements[f"{name}: bound of ids, least recently used"] = Series((kept,), "%")
         found, stats = replay(requests, gib << 30)
         for what, value, unit in (

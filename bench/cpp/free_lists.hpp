@@ -3,6 +3,7 @@
 // Lists of others that the compiler does not find are left out.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>

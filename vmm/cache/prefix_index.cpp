@@ -22,6 +22,13 @@ void for_each_frame(const LanePages& pages, F f) {
   }
 }
 
+template <class F>
+bool any_frame(const LanePages& pages, F f) {
+  bool is_any = false;
+  for_each_frame(pages, [&](FrameId frame) { is_any = is_any || f(frame); });
+  return is_any;
+}
+
 }  // namespace
 
 PrefixIndex::Found PrefixIndex::find(const std::string& salt, std::span<const std::int32_t> tokens,
@@ -164,19 +171,15 @@ void PrefixIndex::append(const Node& node, Found& found) const {
 }
 
 bool PrefixIndex::is_mapped(const Node& node) const {
-  bool is_any = false;
-  for_each_frame(node.pages,
-                 [&](FrameId frame) { is_any = is_any || store_.references(frame) > 1; });
-  return is_any;
+  return any_frame(node.pages, [&](FrameId frame) { return store_.references(frame) > 1; });
 }
 
 bool PrefixIndex::follows_unmapped(const Node& node) const {
-  bool is_any = false;
-  for (const Node* one = &node; one->parent != nullptr && !is_any; one = one->parent) {
-    for_each_frame(one->pages,
-                   [&](FrameId frame) { is_any = is_any || store_.references(frame) == 1; });
+  const auto is_unmapped = [&](FrameId frame) { return store_.references(frame) == 1; };
+  for (const Node* one = &node; one->parent != nullptr; one = one->parent) {
+    if (any_frame(one->pages, is_unmapped)) return true;
   }
-  return is_any;
+  return false;
 }
 
 Pages PrefixIndex::remove(Node& node) noexcept {

@@ -77,6 +77,7 @@ std::optional<IdPool::Admission> IdPool::admit(const Change& change) noexcept {
       continue;
     }
     // A load may see an old value, and there may be enough by now; an exchange sees the last one.
+    // relaxed: a refusal hands nothing over.
     const std::uint64_t last = admit_.fetch_add(0, relaxed);
     if (last == seen) return {};
     seen = last;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -225,22 +225,30 @@ class EncoderDecoderSpanCache(EncoderDecoderCache):  # type: ignore[misc]
         self.release()
 
 
+class _Kind(NamedTuple):
+    """What layers that share rows have in common."""
+
+    name: str
+    window: int | None
+    is_crossing: bool
+
+
 def _layers_of(config: PreTrainedConfig, sizes: Sizes) -> list[Any]:
     """Return the layers of a model. Those of one kind are alike, and share rows."""
     kinds, options = get_layer_types_and_kwargs(config)
     crossing = getattr(config, "cross_attention_layers", None) or ()  # to images, of other lengths
     alike = [
-        (kind, given.get("sliding_window"), i in crossing)
+        _Kind(kind, given.get("sliding_window"), i in crossing)
         for i, (kind, given) in enumerate(zip(kinds, options, strict=True))
     ]
-    shared = {one: Rows([one[1]] * alike.count(one), sizes) for one in alike}
-    of_text = [rows for (_, _, is_crossing), rows in shared.items() if not is_crossing]
+    shared = {one: Rows([one.window] * alike.count(one), sizes) for one in alike}
+    of_text = [rows for one, rows in shared.items() if not one.is_crossing]
     for rows in of_text:
         rows.grow_with(of_text)
     return [
-        _layer(one[1], shared[one], alike[:i].count(one), one[0])
-        if one[0] in ("full_attention", "sliding_attention", "chunked_attention")
-        else DYNAMIC_LAYER_TYPE_MAPPING[one[0]](**options[i])
+        _layer(one.window, shared[one], alike[:i].count(one), one.name)
+        if one.name in ("full_attention", "sliding_attention", "chunked_attention")
+        else DYNAMIC_LAYER_TYPE_MAPPING[one.name](**options[i])
         for i, one in enumerate(alike)
     ]
 

@@ -82,25 +82,15 @@ class Rows:
             return
         if self._cache is None:
             self._cache = self._sizes.cache(self._windows, keys, values)
-        n_rows = keys.shape[0]
-        n_slots = self._sizes.n_slots(n_rows, spare=self._given is None)
-        batch = self._cache.batch(n_slots)
-        if n_slots > n_rows:  # the others stay reserved, for rows that are repeated
-            batch.select(range(n_rows))
-        self._batch, self._n_slots = batch, n_slots
-        self._planes = self._views()
+        self._take_slots(keys.shape[0])
 
     def begin_with(self, token_ids: torch.Tensor, salt: str) -> None:
         """Take slots for rows that begin with what is known of prompts ``[rows, tokens]``.
 
         As many tokens as are known of all of them. Takes one slot more for a moment.
         """
-        n_rows = len(token_ids)
-        n_slots = self._sizes.n_slots(n_rows, spare=self._given is None)
-        self._batch, self._n_slots = self._in.batch(n_slots), n_slots
-        if n_slots > n_rows:
-            self._batch.select(range(n_rows))
-        rows = self._batch.sequences
+        self._take_slots(len(token_ids))
+        rows = self._bound.sequences
         for row, ids in zip(rows, token_ids, strict=True):
             with self._in.sequence(token_ids=ids, salt=salt) as known:
                 self._in.reorder([row, known], [1, 0])  # into the row's slot
@@ -108,6 +98,13 @@ class Rows:
         for row in rows:
             row.truncate(self.length)
         self.lengths = [self.length] * len(self.lengths)
+
+    def _take_slots(self, n_rows: int) -> None:
+        n_slots = self._sizes.n_slots(n_rows, spare=self._given is None)
+        batch = self._in.batch(n_slots)
+        if n_slots > n_rows:  # the others stay reserved, for rows that are repeated
+            batch.select(range(n_rows))
+        self._batch, self._n_slots = batch, n_slots
         self._planes = self._views()
 
     def commit(self, token_ids: torch.Tensor) -> None:
