@@ -46,6 +46,11 @@ class BitmapTree {
   // Precondition: want > 0, end <= n_words().
   IdBits scan(std::uint32_t end, std::uint32_t want) noexcept;
 
+  // Whether the id is in the set now.
+  bool has(std::uint32_t id) const noexcept {
+    return (leaves_[id / 64].load(std::memory_order_relaxed) >> (id % 64) & 1) != 0;
+  }
+
   std::uint32_t n_words() const noexcept { return n_words_; }
 
  private:

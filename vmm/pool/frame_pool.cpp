@@ -1,6 +1,7 @@
-// Who owns an id at a moment is settled by one word: while its count is above 0, those who hold the
-// references; from the exchange that makes it 0 until the id stands in the tree, the thread that
-// made that exchange, and no other, since 0 can be neither shared nor given; in the tree, nobody.
+// Whether a frame is free is said by the tree of ids alone: who adds an id that is there already
+// has given it twice, and sees so in the old bits, also when two threads race. So the common frame,
+// which one holder takes and gives back, costs no operation of its own: neighbours change together,
+// in one word. References beyond the first are counted beside.
 #include "pool/frame_pool.hpp"
 
 #include <limits>
@@ -15,27 +16,28 @@ namespace kvspan {
 namespace {
 
 constexpr std::memory_order relaxed = std::memory_order_relaxed;
+constexpr std::memory_order acquire = std::memory_order_acquire;
 constexpr std::memory_order acq_rel = std::memory_order_acq_rel;
 
-constexpr std::uint32_t kMaxReferences = std::numeric_limits<std::uint32_t>::max();
+constexpr std::uint32_t kMostMore = std::numeric_limits<std::uint32_t>::max() - 1;
 
 }  // namespace
 
 class FramePool::Class {
  public:
-  Class(SizeClass c, std::uint32_t capacity) : ids_(c, capacity), references_(capacity) {}
+  Class(SizeClass c, std::uint32_t capacity) : ids_(c, capacity), more_(capacity) {}
 
   bool take(std::span<FrameId> out) noexcept { return ids_.take(out) && hand_out(out); }
   bool take_fresh(std::span<FrameId> out) noexcept { return ids_.take_fresh(out) && hand_out(out); }
 
   bool share(std::uint32_t index) noexcept {
-    if (index >= ids_.capacity()) return false;
-    const auto count = references_[index];
-    std::uint32_t seen = count.load(relaxed);
+    if (!ids_.is_taken(index)) return false;
+    const auto more = more_[index];
+    std::uint32_t seen = more.load(relaxed);
     do {
-      if (seen == 0 || seen == kMaxReferences) return false;
+      if (seen == kMostMore) return false;
       // relaxed: a new reference comes from one that is there, whose holder passes it on.
-    } while (!count.compare_exchange_weak(seen, seen + 1, relaxed, relaxed));
+    } while (!more.compare_exchange_weak(seen, seen + 1, relaxed, relaxed));
     return true;
   }
 
@@ -43,24 +45,16 @@ class FramePool::Class {
   void give(std::span<const FrameId> frames, Given& given) noexcept {
     IdPool::Return freed(ids_);
     for (const FrameId frame : frames) {
-      const std::uint32_t index = frame.index();
-      switch (drop(index)) {
-        case 0:
-          freed.add(index);
-          ++given.freed;
-          break;
-        case kRefused:
-          ++given.refused;
-          break;
-        default:
-          break;
-      }
+      if (frame.index() >= ids_.capacity() || !drop_more(frame.index())) freed.add(frame.index());
     }
+    const IdPool::Return::Counts counts = freed.finish();
+    given.freed += counts.n_added;
+    given.refused += counts.n_refused;
   }
 
   std::uint32_t references(std::uint32_t index) const noexcept {
     // relaxed: a number to look at; nothing may be concluded from it about the frame's memory.
-    return index < ids_.capacity() ? references_[index].load(relaxed) : 0;
+    return ids_.is_taken(index) ? 1 + more_[index].load(relaxed) : 0;
   }
 
   Counts counts() const noexcept {
@@ -69,29 +63,26 @@ class FramePool::Class {
   }
 
  private:
-  static constexpr std::uint32_t kRefused = kMaxReferences;
-
   bool hand_out(std::span<const FrameId> taken) noexcept {
     // relaxed: the ids are ours alone, and who gets to know of them does so through us.
-    for (const FrameId frame : taken) references_[frame.index()].store(1, relaxed);
+    for (const FrameId frame : taken) more_[frame.index()].store(0, relaxed);
     return true;
   }
 
-  // Takes one reference away and returns how many are left, or kRefused when there was none.
-  std::uint32_t drop(std::uint32_t index) noexcept {
-    if (index >= ids_.capacity()) return kRefused;
-    const auto count = references_[index];
-    std::uint32_t seen = count.load(relaxed);
-    do {
-      if (seen == 0) return kRefused;
-      // release: what we did with the frame comes before its freeing, whoever frees it; acquire: if
-      // that is us, so does what the holders before us did.
-    } while (!count.compare_exchange_weak(seen, seen - 1, acq_rel, relaxed));
-    return seen - 1;
+  // Takes one of several references away; false where there was one at most.
+  bool drop_more(std::uint32_t index) noexcept {
+    const auto more = more_[index];
+    // acquire: what the holders before us did with the frame comes before its freeing, if that is
+    // ours to do; release: what we did with it comes before its freeing by whoever does it.
+    std::uint32_t seen = more.load(acquire);
+    while (seen != 0) {
+      if (more.compare_exchange_weak(seen, seen - 1, acq_rel, acquire)) return true;
+    }
+    return false;
   }
 
   IdPool ids_;
-  AtomicArray<std::uint32_t> references_;
+  AtomicArray<std::uint32_t> more_;  // references beyond the first
 };
 
 FramePool::FramePool(Pages capacity, SizeClass largest) {

@@ -120,16 +120,19 @@ IdPool::Admission IdPool::admission() const noexcept {
   return unpack(admit_.load(acquire));
 }
 
-IdPool::Return::~Return() {
+IdPool::Return::Counts IdPool::Return::finish() noexcept {
   flush(0);
   // release: the bits come first, so that no taker is admitted to an id that it cannot find.
-  if (n_added_ != 0) pool_.admit_.fetch_add(n_added_, release);
+  if (counts_.n_added != 0) pool_.admit_.fetch_add(counts_.n_added, release);
+  return counts_;
 }
 
 void IdPool::Return::flush(std::uint32_t next_word) noexcept {
   if (pending_.mask != 0) {
     const std::uint64_t refused = pool_.tree_.set(pending_);
-    n_added_ += static_cast<std::uint32_t>(std::popcount(pending_.mask & ~refused));
+    const auto n_refused = static_cast<std::uint32_t>(std::popcount(refused));
+    counts_.n_refused += n_refused;
+    counts_.n_added += static_cast<std::uint32_t>(std::popcount(pending_.mask)) - n_refused;
   }
   pending_ = {next_word, 0};
 }

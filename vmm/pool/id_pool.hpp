@@ -41,30 +41,43 @@ class IdPool {
   bool take_fresh(std::span<FrameId> out) noexcept;
 
   Admission admission() const noexcept;
+  // Whether the id was taken and not given back since.
+  bool is_taken(std::uint32_t index) const noexcept {
+    return index < admission().bump && !tree_.has(index);
+  }
   std::uint32_t capacity() const noexcept { return capacity_; }
 
   // Gives ids back, in one step for `admit` and one for each run of ids that share a word of the
-  // tree. They can be taken once this object has gone. An id that is free already is left alone and
-  // not counted.
+  // tree. They can be taken after `finish`, which must follow. An id that is free already, or was
+  // never taken, is refused and left alone.
   class Return {
    public:
-    explicit Return(IdPool& pool) noexcept : pool_(pool) {}
-    ~Return();
+    struct Counts {
+      std::uint32_t n_added = 0, n_refused = 0;
+    };
+
+    explicit Return(IdPool& pool) noexcept : pool_(pool), bump_(pool.admission().bump) {}
     Return(const Return&) = delete;
     Return& operator=(const Return&) = delete;
 
-    // Precondition: index < bump.
     void add(std::uint32_t index) noexcept {
       if (index / 64 != pending_.word) flush(index / 64);
-      pending_.mask |= std::uint64_t{1} << (index % 64);
+      const std::uint64_t bit = std::uint64_t{1} << (index % 64);
+      if (index >= bump_ || (pending_.mask & bit) != 0) {
+        ++counts_.n_refused;
+      } else {
+        pending_.mask |= bit;
+      }
     }
+    Counts finish() noexcept;
 
    private:
     void flush(std::uint32_t next_word) noexcept;
 
     IdPool& pool_;
-    IdBits pending_;             // not in the tree yet
-    std::uint32_t n_added_ = 0;  // in the tree, not in `admit`
+    const std::uint32_t bump_;  // of a moment when all that are given had been taken
+    IdBits pending_;            // not in the tree yet
+    Counts counts_;             // added to the tree, not to `admit`
   };
 
  private:

@@ -110,6 +110,7 @@ class Frames {
 void give_back(IdPool& pool, std::span<const FrameId> ids) {
   IdPool::Return given(pool);
   for (const FrameId id : ids) given.add(id.index());
+  given.finish();
 }
 
 Scenario a_frame_changes_hands() {

@@ -122,6 +122,7 @@ BOOST_AUTO_TEST_CASE(a_taker_finds_ids_that_the_hints_hide) {
   {
     IdPool::Return freed(pool);
     for (const std::uint32_t id : {7u, 4100u, 9999u}) freed.add(id);
+    freed.finish();
   }
   for (const std::uint32_t word : {7u / 64, 4100u / 64, 9999u / 64}) {
     PoolTestPeer::hide(PoolTestPeer::tree(pool), word);
@@ -141,6 +142,9 @@ BOOST_AUTO_TEST_CASE(an_id_given_back_twice_is_counted_once) {
   {
     IdPool::Return freed(pool);
     for (const std::uint32_t id : {5u, 5u, 70u, 5u}) freed.add(id);
+    const IdPool::Return::Counts counts = freed.finish();
+    BOOST_TEST(counts.n_added == 2u);
+    BOOST_TEST(counts.n_refused == 2u);
   }
   BOOST_TEST(pool.admission().free == 2u);
   BOOST_TEST(pool.admission().bump == 100u);
