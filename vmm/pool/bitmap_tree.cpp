@@ -4,7 +4,8 @@
 // at least one of the two has to see the other's write: this is store buffering, which acquire and
 // release do not forbid and sequential consistency does. Therefore these writes and reads are all
 // seq_cst. The same holds one level up, between marks and regions. (Model checkers found the hidden
-// bit at once when the orders were acq_rel.)
+// bit at once when the orders were acq_rel.) A word that is lent counts as empty here: lending it
+// is emptying it, and who recalls it adds.
 #include "pool/bitmap_tree.hpp"
 
 #include <algorithm>
@@ -28,84 +29,27 @@ constexpr int kMaxLost = 4;
 
 constexpr std::uint64_t bit(std::uint32_t i) { return std::uint64_t{1} << (i & 63); }
 constexpr std::uint64_t from_bit(std::uint32_t i) { return ~std::uint64_t{0} << (i & 63); }
-constexpr std::uint32_t words_for(std::uint32_t bits) { return bits / 64 + (bits % 64 != 0); }
+constexpr std::uint32_t words_for(std::uint32_t bits, std::uint32_t bits_per_word) {
+  return bits / bits_per_word + (bits % bits_per_word != 0);
+}
 
 constexpr std::uint32_t lowest(std::uint64_t mask) {
   return static_cast<std::uint32_t>(std::countr_zero(mask));
 }
 
-struct Run {
-  std::uint32_t start = 0, length = 0;
-
-  constexpr std::uint64_t mask() const {
-    return length == 64 ? ~std::uint64_t{0} : (bit(length) - 1) << start;
-  }
-};
-
-// The longest run of ones, but at most `want` of it. Bit i of `starts` says that a run of `length`
-// begins at i; shifting and doubling finds the length in O(log want), halving then settles it.
-// Precondition: ids != 0, 0 < want.
-constexpr Run longest_run(std::uint64_t ids, std::uint32_t want) {
-  want = std::min(want, std::uint32_t{64});
-  std::uint64_t starts = ids;
-  std::uint32_t length = 1, step = 1;
-  while (length < want) {
-    step = std::min(length, want - length);
-    const std::uint64_t longer = starts & (starts >> step);
-    if (longer == 0) break;
-    starts = longer;
-    length += step;
-  }
-  if (length < want) {
-    for (step = std::bit_floor(step); step != 0; step /= 2) {
-      const std::uint64_t longer = starts & (starts >> step);
-      if (longer == 0 || length + step > want) continue;
-      starts = longer;
-      length += step;
-    }
-  }
-  return {lowest(starts), length};
-}
-
-static_assert(longest_run(0b0111'0110, 3).mask() == 0b0111'0000);
-static_assert(longest_run(0b1111'1110'0110, 6).mask() == 0b0111'1110'0000);
-static_assert(longest_run(~std::uint64_t{0}, 1000).length == 64);
-
-// `want` of the ids (all if there are no more), the longest runs first.
-constexpr std::uint64_t pick(std::uint64_t ids, std::uint32_t want) {
-  std::uint64_t picked = 0;
-  while (want != 0 && ids != 0) {
-    const Run run = longest_run(ids, want);
-    picked |= run.mask();
-    ids &= ~run.mask();
-    want -= run.length;
-  }
-  return picked;
-}
-
-static_assert(pick(0b1011'0111'0001, 5) == 0b0011'0111'0000);
-static_assert(pick(0b1011'0111'0001, 64) == 0b1011'0111'0001);
-
 }  // namespace
 
 BitmapTree::BitmapTree(std::uint32_t n_ids)
-    : n_words_(words_for(n_ids)),
-      n_mark_words_(words_for(n_words_)),
-      n_region_words_(words_for(n_mark_words_)),
+    : n_words_(words_for(n_ids, kIdsPerWord)),
+      n_mark_words_(words_for(n_words_, 64)),
+      n_region_words_(words_for(n_mark_words_, 64)),
       leaves_(n_words_),
       marks_(n_mark_words_),
       regions_(n_region_words_) {}
 
-std::uint64_t BitmapTree::set(IdBits ids) noexcept {
-  // seq_cst for the argument above; as a release it also hands the ids' memory to their next owner.
-  const std::uint64_t before = leaves_[ids.word].fetch_or(ids.mask, seq_cst);
-  mark(ids.word);
-  return before & ids.mask;
-}
-
 IdBits BitmapTree::claim(std::uint32_t from, std::uint32_t want) noexcept {
   for (int lost = 0; lost < kMaxLost; ++lost) {
-    const std::uint32_t word = best_word(from, want);
+    const std::uint32_t word = best_word(from, want).word;
     if (word == kNoWord) break;
     if (const IdBits ids = claim_in(word, want); ids.mask != 0) return ids;
   }
@@ -122,32 +66,62 @@ IdBits BitmapTree::scan(std::uint32_t end, std::uint32_t want) noexcept {
 IdBits BitmapTree::claim_in(std::uint32_t word, std::uint32_t want) noexcept {
   // relaxed: only a guess, which the exchange below checks.
   std::uint64_t seen = leaves_[word].load(relaxed);
-  while (seen != 0) {
-    const std::uint64_t mask = pick(seen, want);
+  while (open_ids_of(seen) != 0) {
+    const std::uint32_t mask = pick(ids_of(seen), want);
     // acquire: what the last owner did to these ids happened before we have them; release: keeps
     // the chain from givers of the word's other ids to their takers. On failure only `seen` is new.
-    if (leaves_[word].compare_exchange_weak(seen, seen & ~mask, acq_rel, relaxed)) {
-      if (mask == seen) unmark(word);
+    if (leaves_[word].compare_exchange_weak(seen, seen & ~std::uint64_t{mask}, acq_rel, relaxed)) {
+      if (mask == ids_of(seen)) unmark(word);
       return {word, mask};
     }
   }
   return {};
 }
 
+std::optional<IdBits> BitmapTree::find(std::uint32_t from, std::uint32_t want) const noexcept {
+  const Candidate best = best_word(from, want);
+  if (best.run < want) return {};
+  return IdBits{best.word, best.ids};
+}
+
+bool BitmapTree::lend(IdBits seen, std::uint32_t claimed) noexcept {
+  std::uint64_t expected = seen.mask;
+  // Orders: see claim_in.
+  if (!leaves_[seen.word].compare_exchange_strong(expected, (seen.mask & ~claimed) | kLent, acq_rel,
+                                                  relaxed)) {
+    return false;
+  }
+  unmark(seen.word);
+  return true;
+}
+
+std::uint32_t BitmapTree::n_lent(std::uint32_t word) const noexcept {
+  // relaxed: of some moment.
+  const std::uint64_t leaf = leaves_[word].load(relaxed);
+  return (leaf & kLent) != 0 ? static_cast<std::uint32_t>(std::popcount(ids_of(leaf))) : 0;
+}
+
+std::uint32_t BitmapTree::recall(std::uint32_t word) noexcept {
+  // seq_cst: for the others this adds the ids, see the argument above.
+  const std::uint32_t ids = ids_of(leaves_[word].fetch_and(~kLent, seq_cst));
+  if (ids != 0) mark(word);
+  return static_cast<std::uint32_t>(std::popcount(ids));
+}
+
 // The word, among the next few that have ids, with the longest run of up to `want`; kNoWord when
 // the hints lead to none. All loads are relaxed: whatever they say, the claim itself decides.
-std::uint32_t BitmapTree::best_word(std::uint32_t from, std::uint32_t want) const noexcept {
-  const std::uint32_t enough = std::min(want, std::uint32_t{64});
-  std::uint32_t word = from, best = kNoWord, best_length = 0;
+BitmapTree::Candidate BitmapTree::best_word(std::uint32_t from, std::uint32_t want) const noexcept {
+  const std::uint32_t enough = std::min(want, kIdsPerWord);
+  Candidate best;
+  std::uint32_t word = from;
   // The first word is tried unmarked, since it is where the caller was last; a round is over at the
   // first marked one.
   std::uint32_t round_start = kNoWord;
   for (int probes = 0, stale = 0; probes < kProbes && stale < kMaxStale;) {
-    if (const std::uint64_t ids = leaves_[word].load(relaxed); ids != 0) {
+    if (const std::uint32_t ids = open_ids_of(leaves_[word].load(relaxed)); ids != 0) {
       const std::uint32_t length = longest_run(ids, want).length;
-      if (length > best_length) {
-        best = word;
-        best_length = length;
+      if (length > best.run) {
+        best = {word, ids, length};
         if (length == enough) break;
       }
       if (round_start == kNoWord) round_start = word;
@@ -193,11 +167,11 @@ void BitmapTree::mark(std::uint32_t word) noexcept {
   if ((regions_[region].load(seq_cst) & bit(i)) == 0) regions_[region].fetch_or(bit(i), seq_cst);
 }
 
-// Called after emptying the leaf. All seq_cst: see the top of this file.
+// Called after the leaf was emptied, or lent. All seq_cst: see the top of this file.
 void BitmapTree::unmark(std::uint32_t word) noexcept {
   const std::uint32_t i = word / 64, region = i / 64;
   const std::uint64_t left = marks_[i].fetch_and(~bit(word), seq_cst) & ~bit(word);
-  if (leaves_[word].load(seq_cst) != 0) {
+  if (open_ids_of(leaves_[word].load(seq_cst)) != 0) {
     mark(word);
   } else if (left == 0) {
     regions_[region].fetch_and(~bit(i), seq_cst);

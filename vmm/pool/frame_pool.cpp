@@ -25,10 +25,11 @@ constexpr std::uint32_t kMostMore = std::numeric_limits<std::uint32_t>::max() - 
 
 class FramePool::Class {
  public:
-  Class(SizeClass c, std::uint32_t capacity) : ids_(c, capacity), more_(capacity) {}
+  Class(SizeClass c, std::uint32_t capacity, std::uint32_t lend_from)
+      : ids_(c, capacity, lend_from), more_(capacity) {}
 
-  bool take(std::span<FrameId> out) noexcept { return ids_.take(out) && hand_out(out); }
-  bool take_fresh(std::span<FrameId> out) noexcept { return ids_.take_fresh(out) && hand_out(out); }
+  bool take(std::span<FrameId> out) noexcept { return ids_.take(out); }
+  bool take_fresh(std::span<FrameId> out) noexcept { return ids_.take_fresh(out); }
 
   bool share(std::uint32_t index) noexcept {
     if (!ids_.is_taken(index)) return false;
@@ -42,14 +43,8 @@ class FramePool::Class {
   }
 
   // All frames are of this class.
-  void give(std::span<const FrameId> frames, Given& given) noexcept {
-    IdPool::Return freed(ids_);
-    for (const FrameId frame : frames) {
-      if (frame.index() >= ids_.capacity() || !drop_more(frame.index())) freed.add(frame.index());
-    }
-    const IdPool::Return::Counts counts = freed.finish();
-    given.freed += counts.n_added;
-    given.refused += counts.n_refused;
+  IdPool::Given give(std::span<const FrameId> frames) noexcept {
+    return ids_.give(frames, [this](std::uint32_t index) { return drop_more(index); });
   }
 
   std::uint32_t references(std::uint32_t index) const noexcept {
@@ -58,17 +53,11 @@ class FramePool::Class {
   }
 
   Counts counts() const noexcept {
-    const IdPool::Admission now = ids_.admission();
-    return {.fresh = ids_.capacity() - now.bump, .free = now.free, .in_use = now.bump - now.free};
+    const IdPool::Counts now = ids_.counts();
+    return {.fresh = now.fresh, .free = now.free, .in_use = ids_.capacity() - now.fresh - now.free};
   }
 
  private:
-  bool hand_out(std::span<const FrameId> taken) noexcept {
-    // relaxed: the ids are ours alone, and who gets to know of them does so through us.
-    for (const FrameId frame : taken) more_[frame.index()].store(0, relaxed);
-    return true;
-  }
-
   // Takes one of several references away; false where there was one at most.
   bool drop_more(std::uint32_t index) noexcept {
     const auto more = more_[index];
@@ -82,10 +71,13 @@ class FramePool::Class {
   }
 
   IdPool ids_;
-  AtomicArray<std::uint32_t> more_;  // references beyond the first
+  AtomicArray<std::uint32_t> more_;  // references beyond the first; 0 while an id is free
 };
 
-FramePool::FramePool(Pages capacity, SizeClass largest) {
+FramePool::FramePool(Pages capacity, SizeClass largest)
+    : FramePool(capacity, largest, IdPool::kLendFrom) {}
+
+FramePool::FramePool(Pages capacity, SizeClass largest, std::uint32_t lend_from) {
   if (largest.value > FrameId::kMaxClass) {
     throw InvalidArgument("frames of size class " + std::to_string(largest.value) +
                           " asked; the largest class is " + std::to_string(FrameId::kMaxClass) +
@@ -96,11 +88,10 @@ FramePool::FramePool(Pages capacity, SizeClass largest) {
                           std::to_string(FrameId::kMaxIndex + 1) +
                           " have ids: use larger pages or several pools");
   }
-  classes_.reserve(std::size_t{largest.value} + 1);
   for (std::uint8_t c = 0; c <= largest.value; ++c) {
     const SizeClass size_class(c);
-    classes_.push_back(
-        std::make_unique<Class>(size_class, capacity.value / pages_of(size_class).value));
+    const auto n_frames = capacity.value / pages_of(size_class).value;
+    classes_[c] = std::make_unique<Class>(size_class, n_frames, lend_from);
   }
 }
 
@@ -132,7 +123,9 @@ FramePool::Given FramePool::give(std::span<const FrameId> frames) noexcept {
     std::size_t n = 1;
     while (n < frames.size() && frames[n].size_class() == c) ++n;
     if (Class* const pool = find(c); pool != nullptr) {
-      pool->give(frames.first(n), given);
+      const IdPool::Given now = pool->give(frames.first(n));
+      given.freed += now.freed;
+      given.refused += now.refused;
     } else {
       given.refused += static_cast<std::uint32_t>(n);
     }
@@ -152,15 +145,9 @@ FramePool::Counts FramePool::counts(SizeClass c) const noexcept {
 }
 
 SizeClass FramePool::largest_class() const noexcept {
-  return SizeClass(static_cast<std::uint8_t>(classes_.size() - 1));
-}
-
-const FramePool::Class* FramePool::find(SizeClass c) const noexcept {
-  return c.value < classes_.size() ? classes_[c.value].get() : nullptr;
-}
-
-FramePool::Class* FramePool::find(SizeClass c) noexcept {
-  return c.value < classes_.size() ? classes_[c.value].get() : nullptr;
+  std::uint8_t c = 0;
+  while (find(SizeClass(static_cast<std::uint8_t>(c + 1))) != nullptr) ++c;
+  return SizeClass(c);
 }
 
 }  // namespace kvspan

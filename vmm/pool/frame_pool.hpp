@@ -10,10 +10,10 @@
 // thread did with a frame before it gave the frame back is visible to the one that takes it next.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
-#include <vector>
 
 #include "core/ids.hpp"
 
@@ -32,6 +32,8 @@ class FramePool {
   // Throws InvalidArgument when the capacity needs more ids than a class has, or there is no such
   // class. Costs address space (some 8 bytes a page), and memory as frames are taken.
   FramePool(Pages capacity, SizeClass largest);
+  // Threads have magazines (id_pool.hpp) while at least `lend_from` frames are free.
+  FramePool(Pages capacity, SizeClass largest, std::uint32_t lend_from);
   ~FramePool();
   FramePool(const FramePool&) = delete;
   FramePool& operator=(const FramePool&) = delete;
@@ -44,8 +46,8 @@ class FramePool {
   // Takes frames that were never taken before, and leaves the recycled ones to others.
   bool take_fresh(SizeClass c, std::span<FrameId> out) noexcept;
 
-  // Adds a reference to each. Returns how many were refused because they are not in use (or have
-  // 2^32 - 1 references); those are left alone, the others are shared.
+  // Adds a reference to each, of which the caller holds one. Returns how many were refused because
+  // they are not in use (or have 2^32 - 1 references); those are left alone, the others are shared.
   std::uint32_t share(std::span<const FrameId> frames) noexcept;
 
   // Takes a reference from each; those without one left are free and are counted in `freed`. Ids
@@ -60,17 +62,20 @@ class FramePool {
   // References to the frame; 0 when it is free or foreign.
   std::uint32_t references(FrameId frame) const noexcept;
 
-  // Of one moment, and exact: every frame of the class is counted once.
+  // Every frame of the class is counted once. Exact while nobody takes or gives; what calls that
+  // are underway move, up to a few dozen frames each, may be on one side or the other.
   Counts counts(SizeClass c) const noexcept;
   SizeClass largest_class() const noexcept;
 
  private:
   class Class;  // one size class: its ids and its reference counts
 
-  const Class* find(SizeClass c) const noexcept;
-  Class* find(SizeClass c) noexcept;
+  // Null when the pool does not have the class.
+  Class* find(SizeClass c) const noexcept {
+    return c.value < classes_.size() ? classes_[c.value].get() : nullptr;
+  }
 
-  std::vector<std::unique_ptr<Class>> classes_;
+  std::array<std::unique_ptr<Class>, FrameId::kMaxClass + 1> classes_;
 };
 
 }  // namespace kvspan

@@ -4,14 +4,21 @@
 // Only then it collects the ids it was admitted to.
 //
 // That it finds them is the invariant of the class: the tree never holds fewer ids than `free`
-// counts plus takers are still owed. Returns keep it by adding to the tree *before* they add to
+// counts plus takers are still owed. Givers keep it by adding to the tree *before* they add to
 // `free`.
 //
-// All functions may be called from any thread at any time. None waits for another thread: a taker
-// searches on only while others take ids from under its eyes, that is, while they progress.
+// One word that every call changes is what threads would wait for in turns. Therefore, while many
+// ids are free, each thread has a magazine: a word of the tree that is lent to it, whose ids `free`
+// does not count. Taking from it, and giving back to it, is one exchange on that word and nothing
+// else. Who finds too few ids recalls all that is lent first, so magazines keep no id from anybody.
+//
+// All functions may be called from any thread at any time. None waits for another thread, with one
+// exception: a taker who is about to be refused while another one stands in the middle of lending
+// or recalling a word lets it finish, within reason (kPatience).
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -24,83 +31,150 @@ namespace kvspan {
 
 class IdPool {
  public:
-  // Two halves of one atomic word.
-  struct Admission {
-    std::uint32_t bump = 0;  // ids taken at least once: 0 to bump - 1
-    std::uint32_t free = 0;  // of those, given back and not taken again
+  struct Counts {
+    std::uint32_t fresh = 0;  // never taken yet
+    std::uint32_t free = 0;   // taken before, and given back
   };
 
+  // Words are lent while at least so many ids are free.
+  static constexpr std::uint32_t kLendFrom = 1024;
+
   // The ids 0 to capacity - 1 of class c, all fresh.
-  IdPool(SizeClass c, std::uint32_t capacity);
+  IdPool(SizeClass c, std::uint32_t capacity, std::uint32_t lend_from = kLendFrom);
 
   // Takes out.size() ids, recycled before fresh ones. All or nothing: false, `out` untouched,
   // exactly when fewer are free and fresh. The memory of an id is as its last owner left it.
-  bool take(std::span<FrameId> out) noexcept;
+  bool take(std::span<FrameId> out) noexcept {
+    if (out.size() - 1 < kIdsPerWord) {
+      // relaxed: a word to try; it says itself whether it is lent.
+      const std::uint32_t word = magazines_[thread_number()].word.load(std::memory_order_relaxed);
+      if (word != kNone) {
+        const auto wanted = static_cast<std::uint32_t>(out.size());
+        if (const std::uint32_t mask = tree_.claim_lent(word, wanted); mask != 0) {
+          write({word, mask}, out);
+          return true;
+        }
+      }
+    }
+    return take_elsewhere(out);
+  }
 
   // Takes ids that were never taken before; otherwise as `take`.
   bool take_fresh(std::span<FrameId> out) noexcept;
 
-  Admission admission() const noexcept;
+  // Exact while nobody takes or gives; a word that another thread lends or recalls meanwhile may be
+  // counted twice or not at all.
+  Counts counts() const noexcept;
   // Whether the id was taken and not given back since.
   bool is_taken(std::uint32_t index) const noexcept {
     return index < admission().bump && !tree_.has(index);
   }
   std::uint32_t capacity() const noexcept { return capacity_; }
 
-  // Gives ids back, in one step for `admit` and one for each run of ids that share a word of the
-  // tree. They can be taken after `finish`, which must follow. An id that is free already, or was
-  // never taken, is refused and left alone.
-  class Return {
-   public:
-    struct Counts {
-      std::uint32_t n_added = 0, n_refused = 0;
-    };
-
-    explicit Return(IdPool& pool) noexcept : pool_(pool), bump_(pool.admission().bump) {}
-    Return(const Return&) = delete;
-    Return& operator=(const Return&) = delete;
-
-    void add(std::uint32_t index) noexcept {
-      if (index / 64 != pending_.word) flush(index / 64);
-      const std::uint64_t bit = std::uint64_t{1} << (index % 64);
-      if (index >= bump_ || (pending_.mask & bit) != 0) {
-        ++counts_.n_refused;
-      } else {
-        pending_.mask |= bit;
-      }
-    }
-    Counts finish() noexcept;
-
-   private:
-    void flush(std::uint32_t next_word) noexcept;
-
-    IdPool& pool_;
-    const std::uint32_t bump_;  // of a moment when all that are given had been taken
-    IdBits pending_;            // not in the tree yet
-    Counts counts_;             // added to the tree, not to `admit`
+  struct Given {
+    std::uint32_t freed = 0;
+    std::uint32_t refused = 0;
   };
+  // Gives ids back, but for those of which is_kept(index) says that they stay in use; it is asked
+  // once for each. One step for those in a row that share a word of the tree, and one for `admit`,
+  // after which they can be taken. Ids that are free already, or were never taken, are refused and
+  // left alone.
+  template <class IsKept>
+  Given give(std::span<const FrameId> ids, const IsKept& is_kept) noexcept {
+    Given given;
+    // Of a moment when all that are given had been taken.
+    const std::uint32_t bump = admission().bump;
+    std::uint32_t n_open = 0;
+    for (auto id = ids.begin(); id != ids.end();) {
+      IdBits bits{id->index() / kIdsPerWord, 0};
+      std::uint32_t n = 0;
+      for (; id != ids.end() && id->index() / kIdsPerWord == bits.word; ++id) {
+        const std::uint32_t bit = std::uint32_t{1} << (id->index() % kIdsPerWord);
+        if (id->index() >= bump) {
+          ++given.refused;
+        } else if (!is_kept(id->index())) {
+          given.refused += (bits.mask & bit) != 0;
+          n += (bits.mask & bit) == 0;
+          bits.mask |= bit;
+        }
+      }
+      if (bits.mask == 0) continue;
+      const BitmapTree::Added added = tree_.set(bits);
+      if (added.already != 0) [[unlikely]] {
+        const auto n_already = static_cast<std::uint32_t>(std::popcount(added.already));
+        given.refused += n_already;
+        n -= n_already;
+      }
+      given.freed += n;
+      if (!added.is_lent) n_open += n;
+    }
+    // release: the bits come first, so that no taker is admitted to an id that it cannot find.
+    if (n_open != 0) admit_.fetch_add(n_open, std::memory_order_release);
+    return given;
+  }
 
  private:
   friend struct PoolTestPeer;
 
-  // Where a thread last found ids: the next search starts there. Threads share the few cursors by
-  // their number; each starts in another part of the tree and has its own cache line, so that
-  // threads neither take turns on one word of the tree nor on a cursor.
-  static constexpr std::uint32_t kCursors = 8;
-  static constexpr std::size_t kCacheLine = 64;
-  struct alignas(kCacheLine) Cursor {
-    Atomic<std::uint32_t> word{0xffffffffu};  // this value: nowhere yet
+  // The three parts of `admit`.
+  struct Admission {
+    std::uint32_t bump = 0;    // ids taken at least once: 0 to bump - 1
+    std::uint32_t free = 0;    // of those, given back and not taken again, and not lent
+    std::uint32_t n_lent = 0;  // words lent, or about to be, or recalled and not yet in `free`
+
+    static constexpr std::uint32_t kMaxLent = 255;
+    static constexpr std::uint64_t kOneLent = std::uint64_t{1} << 56;
+    static constexpr std::uint64_t kFreeMask = (std::uint64_t{1} << 28) - 1;
+    static_assert(FrameId::kMaxIndex < kFreeMask);
+
+    constexpr std::uint64_t packed() const {
+      return n_lent * kOneLent | std::uint64_t{bump} << 28 | free;
+    }
+    static constexpr Admission unpacked(std::uint64_t word) {
+      return {static_cast<std::uint32_t>(word >> 28 & kFreeMask),
+              static_cast<std::uint32_t>(word & kFreeMask),
+              static_cast<std::uint32_t>(word / kOneLent)};
+    }
   };
 
-  template <class Change>
-  std::optional<Admission> admit(const Change& change) noexcept;
+  // What a thread has for itself, or shares with the few that have the same number: its own cache
+  // line, and places of the tree apart from those of the others.
+  static constexpr std::size_t kCacheLine = 64;
+  static constexpr std::uint32_t kNone = 0xffffffffu;
+  struct alignas(kCacheLine) Magazine {
+    // The word lent to it. Who exchanges it for another value, and nobody else, recalls the word.
+    Atomic<std::uint32_t> word{kNone};
+    Atomic<std::uint32_t> cursor{kNone};  // where ids were last found: the next search starts there
+  };
+
+  Admission admission() const noexcept {
+    // acquire: who reads a count also sees what was done before it came about.
+    return Admission::unpacked(admit_.load(std::memory_order_acquire));
+  }
+
+  // Fills the start of `out` and returns what is left of it.
+  std::span<FrameId> write(IdBits ids, std::span<FrameId> out) const noexcept {
+    FrameId* next = out.data();
+    for_each_run(ids.mask, [&](Run run) {
+      const std::uint32_t first = ids.word * kIdsPerWord + run.start;
+      for (std::uint32_t i = 0; i < run.length; ++i) *next++ = FrameId(class_, first + i);
+    });
+    return out.subspan(static_cast<std::size_t>(next - out.data()));
+  }
+
+  bool take_elsewhere(std::span<FrameId> out) noexcept;
+  std::uint32_t begin_search(std::uint32_t bump) noexcept;
+  bool refill(std::span<FrameId> out) noexcept;
+  void recall(std::uint32_t word) noexcept;
+  void recall_all() noexcept;
+  bool take_admitted(std::span<FrameId> out) noexcept;
   void collect(std::span<FrameId> out, std::uint32_t bump) noexcept;
 
-  alignas(kCacheLine) Atomic<std::uint64_t> admit_{0};  // bump above, free below
+  alignas(kCacheLine) Atomic<std::uint64_t> admit_{0};
   alignas(kCacheLine) const SizeClass class_;
-  const std::uint32_t capacity_;
+  const std::uint32_t capacity_, lend_from_;
   BitmapTree tree_;
-  std::array<Cursor, kCursors> cursors_;
+  std::array<Magazine, kThreadNumbers> magazines_;
 };
 
 }  // namespace kvspan

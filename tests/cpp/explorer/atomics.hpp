@@ -1,4 +1,4 @@
-// What the pool uses for std::atomic when it is explored; pool/atomics.hpp includes it then.
+// What the pool knows of threads when it is explored; pool/atomics.hpp includes it then.
 #pragma once
 
 #include <atomic>
@@ -30,6 +30,13 @@ class AtomicRef {
   }
   T fetch_add(T n, std::memory_order order) const {
     return change([=](T old) { return static_cast<T>(old + n); }, order);
+  }
+  T exchange(T value, std::memory_order order) const {
+    return change([=](T) { return value; }, order);
+  }
+  bool compare_exchange_strong(T& expected, T desired, std::memory_order success,
+                               std::memory_order failure) const {
+    return compare_exchange_weak(expected, desired, success, failure);
   }
   bool compare_exchange_weak(T& expected, T desired, std::memory_order success,
                              std::memory_order failure) const {
@@ -78,5 +85,14 @@ class AtomicArray {
  private:
   std::vector<AtomicRef<T>> values_;
 };
+
+// Few, since a taker that recalls everything has a step for each.
+inline constexpr std::uint32_t kThreadNumbers = 2;
+
+inline std::uint32_t thread_number() {
+  return kvspan_test::explorer::thread_number() % kThreadNumbers;
+}
+
+inline void let_others_run() { kvspan_test::explorer::let_others_run(); }
 
 }  // namespace kvspan

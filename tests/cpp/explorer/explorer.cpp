@@ -196,6 +196,18 @@ class Execution {
     return old;
   }
 
+  std::uint32_t thread_number() const {
+    return running_ == kOutside ? 0 : static_cast<std::uint32_t>(running_);
+  }
+
+  // Not a preemption: the thread says that it cannot go on by itself.
+  void let_others_run() {
+    if (running_ == kOutside) return;
+    const std::vector<int> others = unfinished(running_);
+    if (others.empty()) return;
+    switch_to(others[static_cast<std::size_t>(decisions_.next(static_cast<int>(others.size())))]);
+  }
+
   void use(Location location, const std::string& name) {
     yield();
     const auto newest = static_cast<std::uint32_t>(stores_[location].size() - 1);
@@ -244,10 +256,14 @@ class Execution {
     const int chosen = decisions_.next(static_cast<int>(others.size()) + 1);
     if (chosen == 0) return;
     ++n_preemptions_;
-    thread.n_steps = 0;
-    const int me = running_;
-    running_ = others[static_cast<std::size_t>(chosen) - 1];
-    swapcontext(&threads_[static_cast<std::size_t>(me)].context, &main_);
+    switch_to(others[static_cast<std::size_t>(chosen) - 1]);
+  }
+
+  void switch_to(int other) {
+    Thread& me = threads_[static_cast<std::size_t>(running_)];
+    me.n_steps = 0;
+    running_ = other;
+    swapcontext(&me.context, &main_);
   }
 
   int successor() {
@@ -329,6 +345,10 @@ void require(bool holds, const std::string& what) {
 Memory::Memory(std::string name) : location_(current->new_location(0)), name_(std::move(name)) {}
 
 void Memory::use() { current->use(location_, name_); }
+
+std::uint32_t thread_number() { return current->thread_number(); }
+
+void let_others_run() { current->let_others_run(); }
 
 Location new_location(Word value) { return current->new_location(value); }
 

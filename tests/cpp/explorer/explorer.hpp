@@ -78,4 +78,10 @@ void store(Location, Word, std::memory_order);
 Word exchange(Location, const std::function<std::optional<Word>(Word)>& change,
               std::memory_order success, std::memory_order failure);
 
+// The number of the thread that runs, from 0 on; 0 outside of threads.
+std::uint32_t thread_number();
+
+// Another thread goes on, if one is left.
+void let_others_run();
+
 }  // namespace kvspan_test::explorer

@@ -25,7 +25,8 @@ constexpr SizeClass kClass{0};
 // it back has used it until then.
 class Frames {
  public:
-  explicit Frames(std::uint32_t n) : pool_(Pages(n), kClass) {
+  explicit Frames(std::uint32_t n, std::uint32_t lend_from = IdPool::kLendFrom)
+      : pool_(Pages(n), kClass, lend_from) {
     for (std::uint32_t i = 0; i < n; ++i) memory_.emplace_back("frame " + std::to_string(i));
   }
 
@@ -106,11 +107,11 @@ class Frames {
   int now_ = 0;
 };
 
+constexpr auto none_is_kept = [](std::uint32_t) { return false; };
+
 // Ids that some hold, and others take.
 void give_back(IdPool& pool, std::span<const FrameId> ids) {
-  IdPool::Return given(pool);
-  for (const FrameId id : ids) given.add(id.index());
-  given.finish();
+  require(pool.give(ids, none_is_kept).refused == 0, "an id in use is refused");
 }
 
 Scenario a_frame_changes_hands() {
@@ -177,6 +178,53 @@ Scenario givers_and_takers() {
           [=] { frames->check((*taken)[0] + (*taken)[1]); }};
 }
 
+// Three frames: one in thread 0's magazine, and two in use.
+struct Lent {
+  std::shared_ptr<Frames> frames = std::make_shared<Frames>(3, 1);
+  std::vector<FrameId> held = frames->take(3);
+
+  Lent() {
+    frames->give(std::span(held).first(2));
+    held[0] = frames->take(1)[0];
+    held.erase(held.begin() + 1);
+  }
+
+  // Thread i takes wanted[i] frames, if it gets them, or gives back as many.
+  Scenario scenario(const std::vector<int>& wanted) const {
+    Scenario scenario;
+    const auto n_in_use = std::make_shared<std::size_t>(held.size());
+    std::size_t n_given = 0;
+    for (const int n : wanted) {
+      if (n > 0) {
+        scenario.threads.push_back([=, frames = frames] {
+          *n_in_use += frames->take(static_cast<std::size_t>(n)).size();
+        });
+      } else {
+        const std::vector<FrameId> given(held.begin() + static_cast<std::ptrdiff_t>(n_given),
+                                         held.begin() + static_cast<std::ptrdiff_t>(n_given) - n);
+        n_given += given.size();
+        scenario.threads.push_back([=, frames = frames] { frames->give(given); });
+      }
+    }
+    scenario.finally = [=, frames = frames] { frames->check(*n_in_use - n_given); };
+    return scenario;
+  }
+};
+
+Scenario both_want_what_is_lent() { return Lent{}.scenario({1, 1}); }
+Scenario the_lender_gets_another() { return Lent{}.scenario({1, -1}); }
+Scenario a_lent_word_is_given_to_and_recalled() { return Lent{}.scenario({-1, 2}); }
+Scenario magazines() { return Lent{}.scenario({1, 2, -2}); }
+
+// Two threads lend words to themselves, of which there is one.
+Scenario both_lend() {
+  const auto frames = std::make_shared<Frames>(3, 1);
+  const auto held = frames->take(3);
+  frames->give(held);
+  const auto take = [=] { require(frames->take(1).size() == 1, "one of three frames"); };
+  return {{take, take}, [=] { frames->check(2); }};
+}
+
 void holds(Scenario (*scenario)(), Bounds bounds) {
   const Outcome outcome = explore(scenario, bounds);
   BOOST_TEST(!outcome.fault, outcome.fault.value_or(""));
@@ -203,9 +251,17 @@ BOOST_AUTO_TEST_CASE(pairs_of_operations) {
   holds(a_word_is_emptied_and_filled, {});
 }
 
+BOOST_AUTO_TEST_CASE(pairs_with_magazines) {
+  holds(both_want_what_is_lent, {4, 2});
+  holds(the_lender_gets_another, {4, 2});
+  holds(a_lent_word_is_given_to_and_recalled, {4, 2});
+  holds(both_lend, {4, 2});
+}
+
 BOOST_AUTO_TEST_CASE(three_threads) {
   holds(two_holders, {3, 1});
   holds(givers_and_takers, {3, 1});
+  holds(magazines, {2, 1});
 }
 
 BOOST_AUTO_TEST_CASE(weaker_orders_are_found) {

@@ -31,7 +31,7 @@ struct PoolTestPeer {
     const BitmapTree& tree = pool.tree_;
     constexpr auto relaxed = std::memory_order_relaxed;
     for (std::uint32_t word = 0; word < tree.n_words_; ++word) {
-      if (tree.leaves_[word].load(relaxed) == 0) continue;
+      if (BitmapTree::open_ids_of(tree.leaves_[word].load(relaxed)) == 0) continue;
       const std::uint32_t i = word / 64;
       if ((tree.marks_[i].load(relaxed) >> (word % 64) & 1) == 0) return false;
       if ((tree.regions_[i / 64].load(relaxed) >> (i % 64) & 1) == 0) return false;

@@ -8,16 +8,23 @@
 using kvspan::BitmapTree;
 using kvspan::IdBits;
 using kvspan::IdPool;
+using kvspan::kIdsPerWord;
 using kvspan::PoolTestPeer;
 using kvspan_test::FrameId;
 using kvspan_test::SizeClass;
 
 namespace {
 
-constexpr std::uint64_t kAll = ~std::uint64_t{0};
+constexpr std::uint32_t kAll = ~std::uint32_t{0};
 
 void set_id(BitmapTree& tree, std::uint32_t id) {
-  tree.set({id / 64, std::uint64_t{1} << (id % 64)});
+  tree.set({id / kIdsPerWord, std::uint32_t{1} << (id % kIdsPerWord)});
+}
+
+IdPool::Given give(IdPool& pool, std::initializer_list<std::uint32_t> indices) {
+  std::vector<FrameId> ids;
+  for (const std::uint32_t index : indices) ids.emplace_back(SizeClass(0), index);
+  return pool.give(ids, [](std::uint32_t) { return false; });
 }
 
 // Claims until there is nothing left, by hints alone. Returns how often each id came.
@@ -26,7 +33,7 @@ std::vector<int> drain(BitmapTree& tree, std::uint32_t n_ids, std::uint32_t want
   std::uint32_t word = tree.n_words() / 2;
   for (IdBits ids; (ids = tree.claim(word, want)).mask != 0; word = ids.word) {
     for (; ids.mask != 0; ids.mask &= ids.mask - 1) {
-      ++seen.at(ids.word * 64 + static_cast<std::uint32_t>(std::countr_zero(ids.mask)));
+      ++seen.at(ids.word * kIdsPerWord + static_cast<std::uint32_t>(std::countr_zero(ids.mask)));
     }
   }
   return seen;
@@ -43,10 +50,10 @@ BOOST_AUTO_TEST_CASE(an_empty_set_yields_nothing) {
   BOOST_TEST(tree.scan(tree.n_words(), 64).mask == 0u);
 }
 
-// Sizes on both sides of a word, of a word of marks (4,096 ids) and of a region (262,144 ids).
+// Sizes on both sides of a word, of a word of marks (2,048 ids) and of a region (131,072 ids).
 BOOST_AUTO_TEST_CASE(every_id_comes_back_exactly_once) {
-  for (const std::uint32_t n_ids : {1u, 63u, 64u, 65u, 4096u, 4097u, 262'144u, 262'145u}) {
-    for (const std::uint32_t want : {1u, 16u, 64u, 1000u}) {
+  for (const std::uint32_t n_ids : {1u, 31u, 32u, 33u, 2048u, 2049u, 131'072u, 131'073u}) {
+    for (const std::uint32_t want : {1u, 16u, 32u, 1000u}) {
       BitmapTree tree(n_ids);
       for (std::uint32_t id = 0; id < n_ids; ++id) set_id(tree, id);
       const std::vector<int> seen = drain(tree, n_ids, want);
@@ -58,33 +65,34 @@ BOOST_AUTO_TEST_CASE(every_id_comes_back_exactly_once) {
 
 BOOST_AUTO_TEST_CASE(a_lone_id_is_found_from_everywhere) {
   constexpr std::uint32_t n_ids = 600'000;
-  for (const std::uint32_t id : {0u, 63u, 4095u, 4096u, 262'143u, 262'144u, 599'999u}) {
+  for (const std::uint32_t id : {0u, 31u, 2047u, 2048u, 131'071u, 131'072u, 599'999u}) {
     BitmapTree tree(n_ids);
-    for (const std::uint32_t from : {0u, 1u, id / 64, 4095u, 4096u, 4097u, tree.n_words() - 1}) {
+    for (const std::uint32_t from :
+         {0u, 1u, id / kIdsPerWord, 4095u, 4096u, 4097u, tree.n_words() - 1}) {
       set_id(tree, id);
       const IdBits found = tree.claim(from, 16);
-      BOOST_TEST(found.word == id / 64);
-      BOOST_TEST(found.mask == std::uint64_t{1} << (id % 64));
+      BOOST_TEST(found.word == id / kIdsPerWord);
+      BOOST_TEST(found.mask == std::uint32_t{1} << (id % kIdsPerWord));
     }
   }
 }
 
 BOOST_AUTO_TEST_CASE(adding_an_id_twice_shows) {
   BitmapTree tree(128);
-  BOOST_TEST(tree.set({1, 0b0110}) == 0u);
-  BOOST_TEST(tree.set({1, 0b1100}) == 0b0100u);
+  BOOST_TEST(tree.set({1, 0b0110}).already == 0u);
+  BOOST_TEST(tree.set({1, 0b1100}).already == 0b0100u);
   BOOST_TEST(tree.claim(0, 64).mask == 0b1110u);
 }
 
 BOOST_AUTO_TEST_CASE(adjacent_ids_are_preferred) {
-  BitmapTree tree(64 * 20);
-  for (std::uint32_t word = 0; word < 20; ++word) tree.set({word, 0x5555'5555'5555'5555u});
-  tree.set({3, std::uint64_t{0xffff} << 40});
+  BitmapTree tree(kIdsPerWord * 20);
+  for (std::uint32_t word = 0; word < 20; ++word) tree.set({word, 0x5555'5555u});
+  tree.set({3, 0xffffu << 8});
   tree.set({5, kAll});
   // Sixteen in a row a few words on win over sixteen scattered ones here.
   IdBits ids = tree.claim(0, 16);
   BOOST_TEST(ids.word == 3u);
-  BOOST_TEST(ids.mask == std::uint64_t{0xffff} << 40);
+  BOOST_TEST(ids.mask == 0xffffu << 8);
   // For more than a word, whole words come first.
   ids = tree.claim(0, 200);
   BOOST_TEST(ids.word == 5u);
@@ -100,7 +108,7 @@ BOOST_AUTO_TEST_CASE(without_one_run_the_fewest_runs_are_taken) {
 
 // Whatever the hints say wrongly, a claim neither errs nor hangs, and scan finds what is there.
 BOOST_AUTO_TEST_CASE(hints_of_stalled_threads_do_no_harm) {
-  BitmapTree tree(64 * 64 * 3);
+  BitmapTree tree(kIdsPerWord * 64 * 3);
   tree.set({70, 0b1011});
   PoolTestPeer::hide(tree, 70);
   BOOST_TEST(tree.claim(0, 3).mask == 0u);
@@ -109,7 +117,7 @@ BOOST_AUTO_TEST_CASE(hints_of_stalled_threads_do_no_harm) {
 
   for (std::uint32_t word = 0; word < tree.n_words(); ++word) PoolTestPeer::mark_stale(tree, word);
   BOOST_TEST(tree.claim(0, 1).mask == 0u);
-  set_id(tree, 64 * 190);
+  set_id(tree, kIdsPerWord * 190);
   IdBits found = tree.claim(0, 1);
   if (found.mask == 0) found = tree.scan(tree.n_words(), 1);
   BOOST_TEST(found.word == 190u);
@@ -119,12 +127,8 @@ BOOST_AUTO_TEST_CASE(a_taker_finds_ids_that_the_hints_hide) {
   IdPool pool(SizeClass(0), 10'000);
   std::vector<FrameId> frames(10'000);
   BOOST_TEST_REQUIRE(pool.take(frames));
-  {
-    IdPool::Return freed(pool);
-    for (const std::uint32_t id : {7u, 4100u, 9999u}) freed.add(id);
-    freed.finish();
-  }
-  for (const std::uint32_t word : {7u / 64, 4100u / 64, 9999u / 64}) {
+  give(pool, {7u, 4100u, 9999u});
+  for (const std::uint32_t word : {7u / kIdsPerWord, 4100u / kIdsPerWord, 9999u / kIdsPerWord}) {
     PoolTestPeer::hide(PoolTestPeer::tree(pool), word);
   }
   std::vector<FrameId> again(3);
@@ -136,18 +140,14 @@ BOOST_AUTO_TEST_CASE(a_taker_finds_ids_that_the_hints_hide) {
 }
 
 BOOST_AUTO_TEST_CASE(an_id_given_back_twice_is_counted_once) {
-  IdPool pool(SizeClass(3), 100);
+  IdPool pool(SizeClass(0), 100);
   std::vector<FrameId> frames(100);
   BOOST_TEST_REQUIRE(pool.take(frames));
-  {
-    IdPool::Return freed(pool);
-    for (const std::uint32_t id : {5u, 5u, 70u, 5u}) freed.add(id);
-    const IdPool::Return::Counts counts = freed.finish();
-    BOOST_TEST(counts.n_added == 2u);
-    BOOST_TEST(counts.n_refused == 2u);
-  }
-  BOOST_TEST(pool.admission().free == 2u);
-  BOOST_TEST(pool.admission().bump == 100u);
+  const IdPool::Given given = give(pool, {5u, 5u, 70u, 5u, 100u});
+  BOOST_TEST(given.freed == 2u);
+  BOOST_TEST(given.refused == 3u);
+  BOOST_TEST(pool.counts().free == 2u);
+  BOOST_TEST(pool.counts().fresh == 0u);
 }
 
 // Two threads meet at each word, one taking its last id while the other adds one. When they are
@@ -156,7 +156,7 @@ BOOST_AUTO_TEST_CASE(no_id_stays_hidden_when_threads_race) {
   constexpr std::uint32_t n_words = 64 * 64 + 64;
   constexpr int n_rounds = kvspan_test::kSanitized ? 2 : 20;
   for (int round = 0; round < n_rounds; ++round) {
-    BitmapTree tree(n_words * 64);
+    BitmapTree tree(n_words * kIdsPerWord);
     for (std::uint32_t word = 0; word < n_words; ++word) tree.set({word, 1});
     std::atomic<std::uint32_t> at[2] = {0, 0};
     std::atomic<std::uint32_t> n_claimed{0};
@@ -177,7 +177,7 @@ BOOST_AUTO_TEST_CASE(no_id_stays_hidden_when_threads_race) {
       }
       at[me].store(n_words);
     });
-    const std::vector<int> left = drain(tree, n_words * 64, 64);
+    const std::vector<int> left = drain(tree, n_words * kIdsPerWord, 32);
     const auto n_left = std::count(left.begin(), left.end(), 1);
     BOOST_TEST(n_left + n_claimed.load() == 2 * n_words);
   }
