@@ -14,6 +14,8 @@ namespace {
 
 constexpr SizeClass kSingle{0};
 constexpr int kThreads = 4;
+// Magazines are filled and recalled all the time, however full the pool is.
+constexpr std::uint32_t kLendFrom = 1;
 using Clock = std::chrono::steady_clock;
 
 struct Failures {
@@ -59,7 +61,7 @@ BOOST_AUTO_TEST_SUITE(stress_frame_pool)
 
 BOOST_AUTO_TEST_CASE(no_frame_has_two_owners) {
   for (const std::uint32_t capacity : {1u, 64u, 1000u, 70'000u}) {
-    FramePool pool(Pages(capacity), kSingle);
+    FramePool pool(Pages(capacity), kSingle, kLendFrom);
     std::vector<int> owners(capacity);
     Failures failures;
     const auto deadline = Clock::now() + std::chrono::milliseconds(400);
@@ -83,7 +85,7 @@ BOOST_AUTO_TEST_CASE(no_frame_has_two_owners) {
 // All threads give the same frames, in different orders and batches. Each frame goes once.
 BOOST_AUTO_TEST_CASE(racing_double_gives_free_a_frame_once) {
   constexpr std::uint32_t capacity = 5000;
-  FramePool pool(Pages(capacity), kSingle);
+  FramePool pool(Pages(capacity), kSingle, kLendFrom);
   for (int round = 0; round < (kSanitized ? 3 : 20); ++round) {
     const std::vector<FrameId> frames = take(pool, kSingle, capacity);
     std::atomic<std::uint32_t> n_freed{0}, n_refused{0};
@@ -103,7 +105,7 @@ BOOST_AUTO_TEST_CASE(racing_double_gives_free_a_frame_once) {
 }
 
 BOOST_AUTO_TEST_CASE(threads_share_and_give_the_same_frames) {
-  FramePool pool(Pages(100), kSingle);
+  FramePool pool(Pages(100), kSingle, kLendFrom);
   const std::vector<FrameId> frames = take(pool, kSingle, 70);
   std::atomic<std::uint32_t> n_wrong{0};
   run_threads(kThreads, [&](int) {
@@ -124,7 +126,7 @@ BOOST_AUTO_TEST_CASE(threads_share_and_give_the_same_frames) {
 // who shared it or is gone for all of them, and is freed once in any case.
 BOOST_AUTO_TEST_CASE(sharing_races_with_the_last_give) {
   constexpr std::uint32_t capacity = 3000;
-  FramePool pool(Pages(capacity), kSingle);
+  FramePool pool(Pages(capacity), kSingle, kLendFrom);
   std::vector<int> contents(capacity);
   for (int round = 1; round <= (kSanitized ? 3 : 20); ++round) {
     const std::vector<FrameId> frames = take(pool, kSingle, capacity);
@@ -151,7 +153,7 @@ BOOST_AUTO_TEST_CASE(sharing_races_with_the_last_give) {
 // and writes. That write comes after both reads: ThreadSanitizer sees it when it does not.
 BOOST_AUTO_TEST_CASE(a_frame_is_taken_again_after_all_who_read_it) {
   constexpr std::uint32_t capacity = 1000;
-  FramePool pool(Pages(capacity), kSingle);
+  FramePool pool(Pages(capacity), kSingle, kLendFrom);
   std::vector<int> contents(capacity, 1);
   const std::vector<FrameId> frames = take(pool, kSingle, capacity);
   BOOST_TEST(pool.share(frames) == 0u);
@@ -180,7 +182,7 @@ BOOST_AUTO_TEST_CASE(a_frame_is_taken_again_after_all_who_read_it) {
 // is never see a refusal, however the moment catches the others.
 BOOST_AUTO_TEST_CASE(a_take_within_the_capacity_never_fails) {
   constexpr std::size_t share_of_each = 50;
-  FramePool pool(Pages(kThreads * share_of_each), kSingle);
+  FramePool pool(Pages(kThreads * share_of_each), kSingle, kLendFrom);
   std::atomic<std::uint32_t> n_failed{0};
   run_threads(kThreads, [&](int i) {
     Random random(static_cast<std::uint64_t>(i) + 100);
