@@ -94,7 +94,10 @@ std::shared_ptr<Sequence> Cache::sequence(Tokens expected, Stream stream) {
   {
     const std::scoped_lock lock(mutex_);
     check_open();
+    const Tokens longest = space_->options().max_seq_len;
     state = occupy(best_free_slot(expected));
+    state->announced.store(static_cast<std::int32_t>(std::min(expected, longest).value),
+                           std::memory_order_relaxed);
   }
   prepare(*state, stream);
   store_->background().wake();
@@ -155,7 +158,7 @@ Bytes Cache::trim() {
     const std::scoped_lock lock(mutex_);
     check_open();
   }
-  return size_of(reclaim(Pages(UINT32_MAX), true), store_->page_size());
+  return size_of(reclaim(Pages(UINT32_MAX), Reach::waited), store_->page_size());
 }
 
 void Cache::close() {
@@ -293,23 +296,25 @@ std::shared_ptr<Space> Cache::space() const {
   return space_;
 }
 
-Pages Cache::reclaim(Pages wanted, bool wait) noexcept {
+Pages Cache::reclaim(Pages wanted, Reach reach) noexcept {
   const std::scoped_lock lock(mutex_);
   Pages total{};
   if (is_closed_) return total;
+  const bool waits = reach == Reach::waited;
   // Free slots first: their pages are a guess at what comes next. Then what live sequences have
   // mapped past their length; one that is in a call right now keeps it.
   for (std::size_t i = 0; i < slots_.size() && total < wanted; ++i) {
     const SlotId id(static_cast<std::int32_t>(i));
-    if (!slots_[i].is_free() || (!wait && !is_settled(id))) continue;
+    if (!slots_[i].is_free() || (!waits && !is_settled(id))) continue;
     total += drop_tail(id, Tokens(0));
   }
+  if (reach == Reach::kept) return total;
   for (std::size_t i = 0; i < slots_.size() && total < wanted; ++i) {
     const SlotId id(static_cast<std::int32_t>(i));
     SequenceState* const state = slots_[i].live.get();
     if (state == nullptr || slots_[i].backed <= needed_pages(*state)) continue;
     // Kernels may be reading a surplus that lies in a window, whatever the last fence says.
-    if (!wait && (space_->has_windows() || !is_settled(id))) continue;
+    if (!waits && (space_->has_windows() || !is_settled(id))) continue;
     if (!state->try_claim(Claim::reclaimed)) continue;
     const std::unique_lock table(state->table, std::try_to_lock);
     if (table && (!space_->has_windows() || fence_again(*state))) {

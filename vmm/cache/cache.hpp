@@ -78,7 +78,8 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
                                      const CacheOptions& options);
   ~Cache();
 
-  // A new empty sequence in the free slot whose pages fit `expected` tokens best.
+  // A new empty sequence in the free slot whose pages fit `expected` tokens best. The mapper maps
+  // them piece by piece, as they come.
   // What is queued on `stream` comes after the work that may still use that slot.
   std::shared_ptr<Sequence> sequence(Tokens expected, Stream stream = {});
   // One that begins with as many of `tokens` as the prefix index knows under this salt, but for the
@@ -106,11 +107,12 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   // The space, for making tensors. Throws ReleasedError after close.
   std::shared_ptr<Space> space() const;
 
-  Pages reclaim(Pages wanted, bool wait) noexcept override;
+  Pages reclaim(Pages wanted, Reach reach) noexcept override;
   Pages reclaimable() const noexcept override;
 
-  // Maps the next pages of a sequence that will need them soon (mapper.cpp).
-  WorkDone work_ahead() noexcept override;
+  // Maps the next pages of a sequence that will need them soon, or unmaps some of those that are
+  // kept and too many (mapper.cpp).
+  WorkDone work_ahead(TimePoint now) noexcept override;
 
  private:
   friend class Sequence;
@@ -151,6 +153,8 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   void list(SlotId id) noexcept;
   Pages keep_limit() const;
   void limit_kept() noexcept;
+  bool drop_excess(std::uint32_t n_frames) noexcept;
+  Tokens tokens_before_last(SlotId id, std::uint32_t n_frames) const;
   Pages drop_tail(SlotId id, Tokens keep) noexcept;
   Tokens tokens_in(Pages pages) const;
   Pages needed_pages(const SequenceState& state) const;
@@ -168,8 +172,14 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   bool try_grow(std::span<SequenceState* const> states, Tokens n, Stream stream, Effort effort);
   void plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream stream, Effort effort);
   Pages stride_end(std::size_t lane, const Span& span, Pages needed) const;
-  bool find_growing();                           // mapper.cpp
-  bool map_next(SequenceState& state) noexcept;  // likewise
+  // The mapper's (mapper.cpp).
+  struct Growing {
+    std::shared_ptr<SequenceState> state;
+    Tokens until;  // there should be room
+  };
+  bool find_growing(TimePoint now);
+  bool map_next(const Growing& growing, TimePoint now) noexcept;
+  bool unmap_kept() noexcept;
   void drop_shared(SlotId id, Tokens keep) noexcept;
   void update_capacity(SequenceState& state);
   void commit(Edit& edit);
@@ -198,8 +208,12 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   std::atomic<std::int64_t> shared_pages_{0};
   std::atomic<std::uint64_t> n_grown_late_{0};  // relaxed: a figure
   std::atomic<std::uint64_t> merged_pages_{0};  // likewise
-  // Those that were found to need pages soon, the most urgent last. The background's alone.
-  std::vector<std::shared_ptr<SequenceState>> growing_;
+  // The background's alone: those that were found to need pages soon, the most urgent last, and
+  // how long it takes until they are mapped; no more is mapped before `mapping_resumes_`.
+  std::vector<Growing> growing_;
+  TimePoint::duration lead_{};
+  TimePoint mapping_resumes_{};
+  TimePoint::duration backoff_{};
 
   mutable std::mutex mutex_;
   std::vector<Slot> slots_;

@@ -152,10 +152,7 @@ void Cache::update_capacity(SequenceState& state) {
       page = span.frame_of(page).last;
     }
     if (page == span.size()) continue;  // everything, up to max_seq_len
-    const std::uint64_t bytes = space_->page_size().value * page.value;
-    const auto tokens =
-        static_cast<std::int64_t>(bytes / space_->layout().lanes()[lane].token_bytes.value);
-    capacity = std::min(capacity, Tokens(tokens) - space_->options().overread);
+    capacity = std::min(capacity, space_->whole_tokens(lane, page) - space_->options().overread);
   }
   state.capacity.store(static_cast<std::int32_t>(std::max(capacity, length).value),
                        std::memory_order_release);

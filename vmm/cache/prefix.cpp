@@ -10,13 +10,6 @@ namespace kvspan {
 
 namespace {
 
-// How many tokens lie whole in so many pages.
-Tokens whole_tokens(const Space& space, std::size_t lane, std::size_t n_pages) {
-  const Bytes bytes = space.page_size() * n_pages;
-  return Tokens(
-      static_cast<std::int64_t>(bytes.value / space.layout().lanes()[lane].token_bytes.value));
-}
-
 // How many of `pages`, from the first on, follow each other in one frame.
 std::size_t run_in_frame(std::span<const PageEntry> pages) {
   std::size_t n = 1;
@@ -82,7 +75,9 @@ std::shared_ptr<Sequence> Cache::sequence(std::span<const std::int32_t> tokens, 
   Tokens length = found.tokens;
   for (std::size_t lane = 0; lane < found.pages.size(); ++lane) {
     // A token that straddles into the next page is not there yet.
-    length = std::min(length, whole_tokens(*space, lane, found.pages[lane].size()));
+    length = std::min(
+        length,
+        space->whole_tokens(lane, Pages(static_cast<std::uint32_t>(found.pages[lane].size()))));
   }
   if (length == Tokens(0)) {
     std::shared_ptr<Sequence> made = sequence(expected, stream);

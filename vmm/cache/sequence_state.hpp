@@ -15,6 +15,7 @@
 #include <thread>
 
 #include "backend/backend.hpp"
+#include "cache/pace.hpp"
 #include "core/errors.hpp"
 #include "core/ids.hpp"
 
@@ -54,9 +55,11 @@ struct alignas(64) SequenceState {
   std::atomic<std::int32_t> capacity{0};
   std::atomic<std::int32_t> dropped{0};  // positions before it are gone in lanes with a window
   std::atomic<std::uint32_t> dropped_pages{0};  // the pages that this unbacked, all lanes
+  std::atomic<std::int32_t> announced{0};       // tokens to come; relaxed: a hint to the mapper
   // What the mapper, or a stride, has mapped ahead of need ends here; 0: nothing was.
   std::atomic<std::int32_t> mapped_ahead{0};
   std::atomic<bool> is_lost{false};  // the next unclaim makes it Claim::lost
+  Pace pace;                         // the mapper's alone
   // Under a claim. Behind the work of the slot's last sequence; streams that work here follow it.
   Fence predecessor;
   Stream stream;     // under a claim: the last one that worked here

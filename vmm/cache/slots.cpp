@@ -203,28 +203,54 @@ Pages Cache::keep_limit() const {
 }
 
 void Cache::limit_kept() noexcept {
+  if (store_->background().is_running()) {
+    store_->background().wake();  // the mapper's work
+  } else {
+    while (drop_excess(UINT32_MAX)) {
+    }
+  }
+}
+
+// Unmaps what is kept over the limit, of one slot, at most `n_frames` of each lane's (or one).
+// Returns whether it did anything.
+bool Cache::drop_excess(std::uint32_t n_frames) noexcept {
   for (int i = 0; i < kMostRefreshes && kept_ > keep_limit(); ++i) {
     const std::optional<SlotId> live = lists_.first_surplus();
     if (!live) break;
     lists_.remove(*live);
     list(*live);  // at the end, if at all
   }
-  for (;;) {
-    const Pages limit = keep_limit();
-    if (kept_ <= limit) return;
-    const Pages excess = kept_ - limit;
-    // From the slot that keeps most, and from its end: every sequence needs the pages at the front.
-    std::optional<SlotId> fullest;
-    int n_looks = 0;
-    lists_.descending(Pages(UINT32_MAX), [&](SlotId id) {
-      if (is_settled(id)) fullest = id;
-      return fullest || ++n_looks == kMostLooks;
-    });
-    if (!fullest) return;
-    const Pages has = slot(*fullest).backed;
-    drop_tail(*fullest, has > excess ? tokens_in(has - excess) : Tokens(0));
-    if (slot(*fullest).backed == has) return;
+  const Pages limit = keep_limit();
+  if (kept_ <= limit) return false;
+  const Pages excess = kept_ - limit;
+  // From the slot that keeps most, and from its end: every sequence needs the pages at the front.
+  std::optional<SlotId> fullest;
+  int n_looks = 0;
+  lists_.descending(Pages(UINT32_MAX), [&](SlotId id) {
+    if (is_settled(id)) fullest = id;
+    return fullest || ++n_looks == kMostLooks;
+  });
+  if (!fullest) return false;
+  const Pages has = slot(*fullest).backed;
+  const Tokens keep = has > excess ? tokens_in(has - excess) : Tokens(0);
+  drop_tail(*fullest, std::max(keep, tokens_before_last(*fullest, n_frames)));
+  return slot(*fullest).backed < has;
+}
+
+// How many tokens a slot holds without the last frames of each lane, but for one lane without at
+// least one of them.
+Tokens Cache::tokens_before_last(SlotId id, std::uint32_t n_frames) const {
+  Tokens tokens{};
+  const std::uint64_t n_each = std::max<std::uint64_t>(n_frames / space_->n_lanes(), 1);
+  for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+    const Span& span = space_->span(id, lane);
+    Pages page = span.end();
+    for (std::uint64_t i = 0; i < n_each && page > Pages(0); ++i) {
+      page = span.widened({page - Pages(1), page}).first;
+    }
+    tokens = std::max(tokens, space_->whole_tokens(lane, page) - space_->options().overread);
   }
+  return tokens;
 }
 
 Pages Cache::drop_tail(SlotId id, Tokens keep) noexcept {

@@ -144,6 +144,11 @@ Bytes Space::reserved_bytes() const {
   return total;
 }
 
+Tokens Space::whole_tokens(std::size_t lane, Pages pages) const {
+  const Bytes bytes = size_of(pages, page_size());
+  return Tokens(static_cast<std::int64_t>(bytes.value / layout_.lanes()[lane].token_bytes.value));
+}
+
 Bytes Space::byte_of(std::size_t lane, Tokens position) const {
   return layout_.lanes()[lane].token_bytes * static_cast<std::uint64_t>(position.value);
 }

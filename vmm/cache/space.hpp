@@ -66,6 +66,8 @@ class Space {
   Bytes byte_of(std::size_t lane, Tokens position) const;
   Pages page_of(std::size_t lane, Tokens position) const;
   Pages pages_for(std::size_t lane, Tokens n) const;
+  // How many tokens lie whole in the first so many pages.
+  Tokens whole_tokens(std::size_t lane, Pages pages) const;
   Pages pages_with_overread(std::size_t lane, Tokens n) const;
 
   Pages backed_pages(SlotId slot) const;

@@ -33,6 +33,7 @@ void Background::start() {
   is_stopping_ = false;
   try {
     thread_ = std::make_unique<std::thread>([this] { run(); });
+    is_running_.store(true, std::memory_order_relaxed);
   } catch (const std::system_error& e) {
     throw CapacityError(std::string("the pool's background thread cannot be started (") + e.what() +
                         "): raise the limit of threads (ulimit -u), or use background=False");
@@ -44,6 +45,7 @@ void Background::stop() noexcept {
   {
     const std::scoped_lock lock(sleep_);
     is_stopping_ = true;
+    is_running_.store(false, std::memory_order_relaxed);
     thread.swap(thread_);
   }
   woken_.notify_one();
@@ -69,10 +71,10 @@ void Background::remove(Worker* worker) noexcept {
   std::erase(workers_, worker);
 }
 
-WorkDone Background::piece() noexcept {
+WorkDone Background::piece(TimePoint now) noexcept {
   const std::scoped_lock lock(turn_);
   WorkDone done;
-  for (Worker* worker : workers_) done += worker->work_ahead();
+  for (Worker* worker : workers_) done += worker->work_ahead(now);
   // Frames to have in hand are less urgent than pages.
   if (done.n_frames > 0) {
     done.has_more = true;
@@ -82,11 +84,11 @@ WorkDone Background::piece() noexcept {
   return done;
 }
 
-WorkDone Background::turn() noexcept {
+WorkDone Background::turn(TimePoint now) noexcept {
   WorkDone done;
   do {
     done.has_more = false;
-    done += piece();
+    done += piece(now);
   } while (done.has_more);
   return done;
 }

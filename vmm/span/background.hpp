@@ -11,6 +11,8 @@
 // takes.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <memory>
@@ -35,11 +37,13 @@ struct WorkDone {
   }
 };
 
+using TimePoint = std::chrono::steady_clock::time_point;
+
 class Worker {
  public:
-  // Does the next piece of what can be done ahead, without taking anything away from anybody: a
-  // frame, or those that cannot wait. One thread at a time.
-  virtual WorkDone work_ahead() noexcept = 0;
+  // Does the next piece of what can be done ahead, without taking from anybody what he has a use
+  // for: a frame, or those that cannot wait. `now` never goes back. One thread at a time.
+  virtual WorkDone work_ahead(TimePoint now) noexcept = 0;
 
  protected:
   ~Worker() = default;
@@ -59,9 +63,12 @@ class Background {
   void stop() noexcept;
 
   // The next piece of work, by the calling thread: what the background thread does between pauses.
-  WorkDone piece() noexcept;
+  WorkDone piece(TimePoint now = TimePoint::clock::now()) noexcept;
   // All there is to do now.
-  WorkDone turn() noexcept;
+  WorkDone turn(TimePoint now = TimePoint::clock::now()) noexcept;
+
+  // Whether there is a thread.
+  bool is_running() const noexcept { return is_running_.load(std::memory_order_relaxed); }
 
   // Ends a sleep. Cheap, and harmless when there is no thread.
   void wake() noexcept;
@@ -82,6 +89,7 @@ class Background {
   bool is_woken_ = false;
   bool is_stopping_ = false;
   std::unique_ptr<std::thread> thread_;
+  std::atomic<bool> is_running_{false};  // relaxed: what it says may be over at once
 };
 
 }  // namespace kvspan

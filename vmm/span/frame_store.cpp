@@ -80,14 +80,14 @@ void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out, Effort
   const Bytes asked = size_of(wanted, page_size_);
   // Nobody loses anything to a request that would fail all the same.
   if (asked > unused + reclaimable_by_all()) throw_out_of_memory(asked);
-  for (const bool wait : {false, true}) {
+  for (const Reach reach : {Reach::kept, Reach::idle, Reach::waited}) {
     // First only what the capacity lacks; if that does not do, the machine is short as well.
     Pages missing = wanted;
-    if (!wait && asked > unused) {
+    if (reach != Reach::waited && asked > unused) {
       missing = Pages(static_cast<std::uint32_t>((asked - unused).value / page_size_.value));
     }
     for (Reclaimer* reclaimer : reclaimers_) {
-      const Pages found = reclaimer->reclaim(missing, wait);
+      const Pages found = reclaimer->reclaim(missing, reach);
       if (found >= missing) break;
       missing -= found;
     }
@@ -100,8 +100,9 @@ void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out, Effort
       }
     } catch (const OutOfMemory&) {
       out.resize(before);
-      if (wait) throw;
+      if (reach == Reach::waited) throw;
     }
+    if (effort == Effort::kept) break;
   }
   throw_out_of_memory(asked);
 }

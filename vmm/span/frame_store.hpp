@@ -28,12 +28,19 @@
 
 namespace kvspan {
 
+// Which of the pages that no live token needs are asked for.
+enum class Reach : std::uint8_t {
+  kept,    // those that are left from what is over, and that no work uses any more
+  idle,    // also those that somebody is expected to use soon, and cached prefixes
+  waited,  // also those that work still uses: it is waited for
+};
+
 // Somebody who holds frames that he can do without.
 class Reclaimer {
  public:
-  // Gives back about `wanted` pages, or what it has. With `wait`, also pages whose fence has yet to
-  // be passed. Returns how many were given back. Must not block on a caller of `take`.
-  virtual Pages reclaim(Pages wanted, bool wait) noexcept = 0;
+  // Gives back about `wanted` pages, or what it has. Returns how many were given back. Must not
+  // block on a caller of `take`.
+  virtual Pages reclaim(Pages wanted, Reach reach) noexcept = 0;
   // The most that it could give back.
   virtual Pages reclaimable() const noexcept = 0;
 
@@ -47,7 +54,8 @@ using OwnerTag = Id<struct OwnerTagTag, std::uint32_t>;
 // How hard `take` tries.
 enum class Effort : std::uint8_t {
   spare,  // only what is free or may be created
-  all,    // also what reclaimers hold
+  kept,   // also what reclaimers keep for nobody in particular
+  all,    // also all else that they can do without
 };
 
 class FrameStore {

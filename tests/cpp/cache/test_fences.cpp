@@ -14,9 +14,9 @@ BOOST_AUTO_TEST_CASE(released_pages_wait_for_the_work_that_reads_them) {
   const std::uint64_t unmapped = rig.backend->calls().of(Call::unmap).calls;
   BOOST_TEST(!rig.backend->unpassed().empty());
   // Unhurried reclamation leaves them alone, a hurried one waits.
-  BOOST_TEST((rig.cache->reclaim(Pages(100), false) == Pages(0)));
+  BOOST_TEST((rig.cache->reclaim(Pages(100), Reach::idle) == Pages(0)));
   BOOST_TEST(rig.backend->calls().of(Call::unmap).calls == unmapped);
-  BOOST_TEST((rig.cache->reclaim(Pages(100), true) > Pages(0)));
+  BOOST_TEST((rig.cache->reclaim(Pages(100), Reach::waited) > Pages(0)));
   BOOST_TEST(!rig.backend->waited_for().empty());
 }
 
@@ -33,7 +33,7 @@ BOOST_AUTO_TEST_CASE(work_in_a_slot_comes_after_that_of_its_last_sequence) {
   BOOST_TEST(rig.backend->waited_for().empty());  // nobody sat and waited
   // The old work still holds the pages, whoever is in the slot.
   next->release({});
-  BOOST_TEST((rig.cache->reclaim(Pages(100), false) == Pages(0)));
+  BOOST_TEST((rig.cache->reclaim(Pages(100), Reach::idle) == Pages(0)));
   rig.backend->pass_all();
   const auto last = rig.cache->sequence(Tokens(150));
   const std::uint64_t before = ordered();
@@ -108,9 +108,9 @@ BOOST_AUTO_TEST_CASE(a_surplus_stays_mapped_until_the_fence_of_its_truncate) {
   const Bytes mapped = rig.cache->figures().mapped;
   a->truncate(Tokens(10), {});
   BOOST_TEST((rig.cache->figures().mapped == mapped));
-  BOOST_TEST((rig.cache->reclaim(Pages(100), false) == Pages(0)));
+  BOOST_TEST((rig.cache->reclaim(Pages(100), Reach::idle) == Pages(0)));
   rig.backend->pass_all();
-  BOOST_TEST((rig.cache->reclaim(Pages(100), false) > Pages(0)));
+  BOOST_TEST((rig.cache->reclaim(Pages(100), Reach::idle) > Pages(0)));
   BOOST_TEST(rig.backend->waited_for().empty());
   BOOST_TEST(rig.holds(*a, 1, 0, 10));
 }
@@ -162,9 +162,9 @@ BOOST_AUTO_TEST_CASE(a_surplus_in_a_window_waits_for_work_since_its_truncate) {
   a->truncate(Tokens(10), {});
   rig.backend->set_manual_fences(true);
   // The fence of the truncate is passed; a kernel that was queued since may read the surplus.
-  BOOST_TEST((rig.cache->reclaim(Pages(100), false) == Pages(0)));
+  BOOST_TEST((rig.cache->reclaim(Pages(100), Reach::idle) == Pages(0)));
   BOOST_TEST(rig.backend->waited_for().empty());
-  BOOST_TEST((rig.cache->reclaim(Pages(100), true) > Pages(0)));
+  BOOST_TEST((rig.cache->reclaim(Pages(100), Reach::waited) > Pages(0)));
   BOOST_TEST(rig.backend->waited_for().size() == 1u);
   BOOST_TEST(rig.windows_read_as_zeros());
   BOOST_TEST(rig.holds(*a, 1, 0, 10));

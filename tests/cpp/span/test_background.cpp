@@ -38,7 +38,7 @@ struct Fixture {
 };
 
 struct CountingWorker final : Worker {
-  WorkDone work_ahead() noexcept override {
+  WorkDone work_ahead(TimePoint) noexcept override {
     n_turns.fetch_add(1);
     return {.n_frames = 0, .is_idle = is_idle.load()};
   }

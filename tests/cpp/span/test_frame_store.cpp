@@ -59,7 +59,7 @@ class Hoarder final : public Reclaimer {
   }
   ~Hoarder() { store_.remove(this); }
 
-  Pages reclaim(Pages wanted, bool) noexcept override {
+  Pages reclaim(Pages wanted, Reach) noexcept override {
     Pages given{};
     while (given < wanted && !frames_.empty()) {
       given += store_.give({&frames_.back(), 1});
