@@ -2,6 +2,7 @@
 
 A `Pool` holds the physical memory of one device, a `KVCache` over it the KV tensors of one model, a
 `Sequence` one request's tokens in a slot of the cache, a `Batch` sequences that decode together.
+A `FramePool` is for engines that keep block tables: it gives out the numbers of blocks.
 """
 
 from importlib.metadata import version
@@ -15,13 +16,15 @@ from kvspan.errors import (
     Error,
     InvalidArgument,
     OutOfMemory,
+    RefusedError,
     ReleasedError,
 )
+from kvspan.frame_pool import FramePool
 from kvspan.layers import LayerSpec, Plane
 from kvspan.lookup import writable_positions
 from kvspan.pool import Pool
 from kvspan.sequence import Sequence
-from kvspan.stats import CacheStats, CallCount, PageMapEntry, PoolStats, PrefixStats
+from kvspan.stats import CacheStats, CallCount, FrameCounts, PageMapEntry, PoolStats, PrefixStats
 
 __version__ = version("kvspan")
 
@@ -33,6 +36,8 @@ __all__ = [
     "CapacityError",
     "DriverError",
     "Error",
+    "FrameCounts",
+    "FramePool",
     "InvalidArgument",
     "KVCache",
     "LayerSpec",
@@ -42,6 +47,7 @@ __all__ = [
     "Pool",
     "PoolStats",
     "PrefixStats",
+    "RefusedError",
     "ReleasedError",
     "Sequence",
     "__version__",

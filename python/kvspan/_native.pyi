@@ -4,7 +4,7 @@ The native part of kvspan; use the kvspan package.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BatchHandle', 'CacheHandle', 'PoolHandle', 'SequenceHandle', 'TensorView', 'make_cache', 'make_cuda_pool', 'make_host_pool']
+__all__: list[str] = ['BatchHandle', 'CacheHandle', 'FramePoolHandle', 'PoolHandle', 'SequenceHandle', 'TensorView', 'make_cache', 'make_cuda_pool', 'make_host_pool']
 class TensorView:
     """
     Memory on its way into a tensor, by the DLPack protocol.
@@ -35,6 +35,73 @@ class PoolHandle:
     @property
     def page_size(self) -> int:
         ...
+class FramePoolHandle:
+    def __init__(self, n_frames: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def counts(self) -> tuple[int, int, int]:
+        ...
+    def give(self, frames: typing.Any) -> int:
+        """
+        Take a reference from each frame; those without one left are free.
+        
+        Parameters
+        ----------
+        frames
+            A contiguous buffer of 32-bit integers: those of one request or of many, in any order.
+        
+        Returns
+        -------
+        int
+            How many came free: all, unless some are shared.
+        
+        Raises
+        ------
+        RefusedError
+            Some are free already, so this is a second `give`, or not of this pool. They are left alone,
+            and **the others are given back**.
+        InvalidArgument
+            `frames` is no such buffer.
+        """
+    def references(self, frame: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Return how many hold the frame; 0 when it is free or foreign.
+        """
+    def share(self, frames: typing.Any) -> None:
+        """
+        Add a reference to each frame, so that one more `give` of it is needed.
+        
+        Parameters
+        ----------
+        frames
+            A contiguous buffer of 32-bit integers. A frame that stands there twice gets two.
+        
+        Raises
+        ------
+        RefusedError
+            Some are not in use, or not of this pool. **The others are shared.**
+        InvalidArgument
+            `frames` is no such buffer.
+        """
+    def take(self, out: typing.Any) -> None:
+        """
+        Fill `out` with frames that nobody else has.
+        
+        All or nothing. Each has one reference. Adjacent frames where there are some, and frames that were
+        given back before ones that were never taken.
+        
+        Parameters
+        ----------
+        out
+            A contiguous writable buffer of 32-bit integers, signed or not, of any shape.
+        
+        Raises
+        ------
+        OutOfMemory
+            Fewer are available. Nothing was taken and `out` is as it was; ``requested`` and ``free`` are
+            in frames.
+        InvalidArgument
+            `out` is no such buffer.
+        """
 class SequenceHandle:
     def commit(self, tokens: typing.SupportsInt | typing.SupportsIndex, n_tokens: typing.SupportsInt | typing.SupportsIndex, merges: bool, stream: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
         ...

@@ -1,6 +1,7 @@
 """What can go wrong, by type: each also derives from the builtin that one would expect.
 
-Whatever raises one of these has left all state as it was before the call.
+Whatever raises one of these has left all state as it was before the call; `RefusedError` is the
+exception.
 """
 
 
@@ -17,6 +18,7 @@ class OutOfMemory(Error, MemoryError):  # noqa: N818 (torch and CUDA say it so)
     ----------
     requested, free, reclaimable
         In bytes: what was asked for, what the pool still has, and what `KVCache.trim` would add.
+        Of a `FramePool`, in frames, and nothing is reclaimable.
     """
 
     requested: int
@@ -51,3 +53,18 @@ class ReleasedError(Error, RuntimeError):
 
 class BusyError(Error, RuntimeError):
     """Another thread is inside a call on the same sequence."""
+
+
+class RefusedError(Error, ValueError):
+    """Some of the frames that were given back or shared are not in use, or not of the pool.
+
+    A frame that was given back twice, say. These were left alone, and **the others were given back
+    (or shared)**.
+
+    Attributes
+    ----------
+    n_refused
+        How many.
+    """
+
+    n_refused: int

@@ -24,6 +24,19 @@ class PageMapEntry(NamedTuple):
     n_references: int
 
 
+class FrameCounts(NamedTuple):
+    """Frames of a `FramePool`: never taken, taken and given back, and those that are referenced."""
+
+    fresh: int
+    free: int
+    in_use: int
+
+    @property
+    def available(self) -> int:
+        """What can be taken: fresh and free frames."""
+        return self.fresh + self.free
+
+
 @dataclass(frozen=True)
 class PoolStats:
     """What a pool holds, in bytes.

@@ -15,7 +15,7 @@ import kvspan
 # No device changes these.
 if not IS_HOST:
     collect_ignore = [
-        *("demo", "test_bench_harness.py", "test_cli.py", "test_layers.py"),
+        *("demo", "test_bench_harness.py", "test_cli.py", "test_frame_pool.py", "test_layers.py"),
         *("test_readme.py", "test_stubs.py"),
     ]
 

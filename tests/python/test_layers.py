@@ -32,7 +32,7 @@ APPLICATIONS = {
     "transformers",
 }
 # The modules that wrap the extension; all others use what these make of it.
-NATIVE_USERS = {"batch", "cache", "pool", "sequence"}
+NATIVE_USERS = {"batch", "cache", "frame_pool", "pool", "sequence"}
 
 
 def cpp_violations(root: Path) -> Iterator[str]:

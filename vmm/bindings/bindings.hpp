@@ -9,6 +9,7 @@ namespace kvspan {
 void register_errors();
 void bind_tensor_view(pybind11::module_& m);
 void bind_pool(pybind11::module_& m);
+void bind_frame_pool(pybind11::module_& m);
 void bind_cache(pybind11::module_& m);
 
 }  // namespace kvspan

@@ -18,7 +18,8 @@ struct ErrorTypes {
         capacity(py::object(errors.attr("CapacityError")).release().ptr()),
         driver(py::object(errors.attr("DriverError")).release().ptr()),
         released(py::object(errors.attr("ReleasedError")).release().ptr()),
-        busy(py::object(errors.attr("BusyError")).release().ptr()) {}
+        busy(py::object(errors.attr("BusyError")).release().ptr()),
+        refused(py::object(errors.attr("RefusedError")).release().ptr()) {}
 
   PyObject* error;
   PyObject* out_of_memory;
@@ -27,6 +28,7 @@ struct ErrorTypes {
   PyObject* driver;
   PyObject* released;
   PyObject* busy;
+  PyObject* refused;
 };
 
 const ErrorTypes& types() {
@@ -50,6 +52,13 @@ void translate(std::exception_ptr pointer) {
           {{"requested", py::int_(e.requested().value)},
            {"free", py::int_(e.free().value)},
            {"reclaimable", py::int_(e.reclaimable().value)}});
+  } catch (const OutOfFrames& e) {
+    raise(types().out_of_memory, e.what(),
+          {{"requested", py::int_(e.requested())},
+           {"free", py::int_(e.free())},
+           {"reclaimable", py::int_(0)}});
+  } catch (const RefusedError& e) {
+    raise(types().refused, e.what(), {{"n_refused", py::int_(e.n_refused())}});
   } catch (const DriverError& e) {
     raise(types().driver, e.what(), {{"call", py::str(e.call())}, {"code", py::str(e.code())}});
   } catch (const InvalidArgument& e) {

@@ -5,5 +5,6 @@ PYBIND11_MODULE(_native, m) {
   kvspan::register_errors();
   kvspan::bind_tensor_view(m);
   kvspan::bind_pool(m);
+  kvspan::bind_frame_pool(m);
   kvspan::bind_cache(m);
 }

@@ -54,6 +54,15 @@ OutOfMemory::OutOfMemory(Bytes requested, Bytes free, Bytes reclaimable, const s
       free_(free),
       reclaimable_(reclaimable) {}
 
+OutOfFrames::OutOfFrames(std::uint64_t requested, std::uint64_t free, const std::string& hint)
+    : Error("out of frames: " + std::to_string(requested) + " asked, " + std::to_string(free) +
+            " free; " + hint),
+      requested_(requested),
+      free_(free) {}
+
+RefusedError::RefusedError(std::uint32_t n_refused, const std::string& message)
+    : Error(message), n_refused_(n_refused) {}
+
 DriverError::DriverError(const std::string& call, const std::string& code,
                          const std::string& detail)
     : Error(call + " failed with " + code + ": " + detail), call_(call), code_(code) {}

@@ -1,6 +1,6 @@
 // The exception tree. Every failure that a caller can act on has a type of its own, and every
 // message says three things: what was wrong, what is allowed, and what to do. Whoever throws one of
-// these has left all state as it was before the call.
+// these has left all state as it was before the call, but for RefusedError, which says more.
 #pragma once
 
 #include <stdexcept>
@@ -26,6 +26,30 @@ class OutOfMemory : public Error {
 
  private:
   Bytes requested_, free_, reclaimable_;
+};
+
+// A frame pool has too few frames free: the same answer, in frames, where there is no memory yet.
+class OutOfFrames : public Error {
+ public:
+  OutOfFrames(std::uint64_t requested, std::uint64_t free, const std::string& hint);
+
+  std::uint64_t requested() const noexcept { return requested_; }
+  std::uint64_t free() const noexcept { return free_; }
+
+ private:
+  std::uint64_t requested_, free_;
+};
+
+// Some of the frames that a call named are not in use. The one error after which the state may be
+// another: the call has dealt with the other frames.
+class RefusedError : public Error {
+ public:
+  RefusedError(std::uint32_t n_refused, const std::string& message);
+
+  std::uint32_t n_refused() const noexcept { return n_refused_; }
+
+ private:
+  std::uint32_t n_refused_;
 };
 
 // An argument that can never work, whatever the state.
