@@ -73,7 +73,8 @@ class FramePoolHandle:
         Parameters
         ----------
         frames
-            A contiguous buffer of 32-bit integers. A frame that stands there twice gets two.
+            A contiguous buffer of 32-bit integers. Whoever calls holds them, so that nobody frees them
+            meanwhile. A frame that stands there twice gets two.
         
         Raises
         ------

@@ -22,6 +22,7 @@ import kvspan
 from kvspan import FramePool, InvalidArgument, OutOfMemory, RefusedError
 
 N = 200  # more than three words of the bitmap
+LARGE = 2000  # while 1,024 are free, a thread is lent a word of it
 
 
 def ids(*numbers: int) -> np.ndarray[Any, Any]:
@@ -37,17 +38,17 @@ def taken(pool: FramePool, n: int) -> np.ndarray[Any, Any]:
 class Model:
     """The pool, and what it must say: references by frame, and how far it was ever taken."""
 
-    def __init__(self) -> None:
-        self.pool = FramePool(N)
+    def __init__(self, n_frames: int = N) -> None:
+        self.pool = FramePool(n_frames)
         self.references: Counter[int] = Counter()
-        self.fresh = N
+        self.fresh = n_frames
 
     def check(self) -> None:
-        in_use = len(+self.references)
+        n, in_use = self.pool.n_frames, len(+self.references)
         counts = self.pool.counts()
-        assert counts == (self.fresh, N - self.fresh - in_use, in_use)
-        assert counts.available == N - in_use
-        assert [self.pool.references(i) for i in range(N)] == [self.references[i] for i in range(N)]
+        assert counts == (self.fresh, n - self.fresh - in_use, in_use)
+        assert counts.available == n - in_use
+        assert [self.pool.references(i) for i in range(n)] == [self.references[i] for i in range(n)]
 
     def take(self, n: int) -> None:
         out = np.full(n, 7777, np.uint32)
@@ -59,11 +60,11 @@ class Model:
             error = caught.value
             assert (error.requested, error.free, error.reclaimable) == (n, available, 0)
             return
-        recycled = N - self.fresh - len(+self.references)
+        recycled = self.pool.n_frames - self.fresh - len(+self.references)
         self.pool.take(out)
         numbers = out.tolist()
         assert len(set(numbers)) == n
-        assert all(0 <= i < N and self.references[i] == 0 for i in numbers)
+        assert all(0 <= i < self.pool.n_frames and self.references[i] == 0 for i in numbers)
         self.fresh -= max(0, n - recycled)
         self.references.update(numbers)
 
@@ -107,7 +108,20 @@ CALLS = st.one_of(
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(CALLS, max_size=30))
 def test_it_does_what_a_dictionary_does(calls: list[tuple[str, Any]]) -> None:
-    model = Model()
+    follow(calls, Model())
+
+
+@seed(6)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(CALLS, max_size=30))
+def test_so_it_does_where_many_are_free(calls: list[tuple[str, Any]]) -> None:
+    model = Model(LARGE)
+    model.take(LARGE)
+    model.give(list(range(LARGE)))
+    follow(calls, model)
+
+
+def follow(calls: list[tuple[str, Any]], model: Model) -> None:
     for name, argument in calls:
         if name.endswith(" in use"):
             argument = sorted(+model.references)[argument:]

@@ -131,7 +131,8 @@ constexpr const char* kShareDoc =
 Parameters
 ----------
 frames
-    A contiguous buffer of 32-bit integers. A frame that stands there twice gets two.
+    A contiguous buffer of 32-bit integers. Whoever calls holds them, so that nobody frees them
+    meanwhile. A frame that stands there twice gets two.
 
 Raises
 ------
