@@ -24,7 +24,15 @@ from kvspan.layers import LayerSpec, Plane
 from kvspan.lookup import writable_positions
 from kvspan.pool import Pool
 from kvspan.sequence import Sequence
-from kvspan.stats import CacheStats, CallCount, FrameCounts, PageMapEntry, PoolStats, PrefixStats
+from kvspan.stats import (
+    CacheStats,
+    CallCount,
+    FrameCounts,
+    MapperEvent,
+    PageMapEntry,
+    PoolStats,
+    PrefixStats,
+)
 
 __version__ = version("kvspan")
 
@@ -41,6 +49,7 @@ __all__ = [
     "InvalidArgument",
     "KVCache",
     "LayerSpec",
+    "MapperEvent",
     "OutOfMemory",
     "PageMapEntry",
     "Plane",

@@ -18,7 +18,7 @@ from kvspan.layers import LayerSpec
 from kvspan.lookup import forget, remember
 from kvspan.pool import Pool
 from kvspan.sequence import Sequence
-from kvspan.stats import CacheStats, PageMapEntry, PrefixStats, call_counts
+from kvspan.stats import CacheStats, MapperEvent, PageMapEntry, PrefixStats, call_counts
 
 
 class KVCache:
@@ -287,6 +287,13 @@ class KVCache:
     def page_map(self) -> list[PageMapEntry]:
         """Return every mapped page, ordered by slot, lane and page."""
         return [PageMapEntry(*entry) for entry in self._native.page_map()]
+
+    def mapper_events(self) -> list[MapperEvent]:
+        """Return the last 1,024 decisions of the background mapper, from the oldest on.
+
+        They tell why a step had to wait for the driver, or why pages are mapped that nobody uses.
+        """
+        return [MapperEvent(*event) for event in self._native.mapper_events()]
 
     def close(self) -> None:
         """End the API of the cache and of its sequences, which waits for calls under way.

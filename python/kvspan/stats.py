@@ -24,6 +24,24 @@ class PageMapEntry(NamedTuple):
     n_references: int
 
 
+class MapperEvent(NamedTuple):
+    """Something that the background mapper of a cache did, or that came too late for it.
+
+    ``kind`` is one of ``"mapped"`` (ahead of need), ``"late"`` (a call had to map pages itself: a
+    prompt that was not announced, or a step that the mapper did not foresee), ``"unmapped"`` (what
+    a free slot kept over the limit), ``"starved"`` (no memory for a page ahead: the mapper pauses,
+    up to 64 ms) and ``"failed"`` (the driver did; the call that needs the page will say how).
+    ``time_s`` is ``time.monotonic()``'s, ``n_pages`` what the slot got or lost, and
+    ``room_tokens`` for how many more tokens it had room before that.
+    """
+
+    time_s: float
+    kind: str
+    slot: int
+    n_pages: int
+    room_tokens: int
+
+
 class FrameCounts(NamedTuple):
     """Frames of a `FramePool`: never taken, taken and given back, and those that are referenced."""
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 
 #include "bindings/bindings.hpp"
 #include "bindings/figures.hpp"
@@ -140,6 +141,33 @@ std::vector<PageTuple> page_map(const Cache& cache) {
   std::vector<PageTuple> result;
   for (const MappedPage& p : cache.page_map()) {
     result.emplace_back(p.slot.value, p.lane, p.page.value, p.frame.value, p.references);
+  }
+  return result;
+}
+
+const char* name_of(MapperEvent::Kind kind) {
+  switch (kind) {
+    case MapperEvent::Kind::mapped:
+      return "mapped";
+    case MapperEvent::Kind::late:
+      return "late";
+    case MapperEvent::Kind::unmapped:
+      return "unmapped";
+    case MapperEvent::Kind::starved:
+      return "starved";
+    case MapperEvent::Kind::failed:
+      return "failed";
+  }
+  return "";
+}
+
+using EventTuple = std::tuple<double, const char*, std::int32_t, std::uint32_t, std::int64_t>;
+
+std::vector<EventTuple> mapper_events(const Cache& cache) {
+  std::vector<EventTuple> result;
+  for (const MapperEvent& e : cache.mapper_events()) {
+    const std::chrono::duration<double> at = e.at.time_since_epoch();
+    result.emplace_back(at.count(), name_of(e.kind), e.slot.value, e.pages.value, e.room.value);
   }
   return result;
 }
@@ -285,6 +313,7 @@ void bind_cache(py::module_& m) {
       .def("layout", &layout_dict)
       .def("figures", &figures)
       .def("page_map", &page_map, Release())
+      .def("mapper_events", &mapper_events, Release())
       .def("lengths", [](const Cache& c) {
         std::vector<std::int64_t> lengths;
         for (const Tokens n : c.lengths()) lengths.push_back(n.value);

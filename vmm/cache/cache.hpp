@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "cache/layout.hpp"
+#include "cache/mapper_log.hpp"
 #include "cache/prefix_index.hpp"
 #include "cache/sequence_state.hpp"
 #include "cache/slot_lists.hpp"
@@ -101,6 +102,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
 
   CacheFigures figures() const;
   std::vector<MappedPage> page_map() const;
+  std::vector<MapperEvent> mapper_events() const { return mapper_log_.events(); }
   // Of the sequence in each slot; 0 where there is none.
   std::vector<Tokens> lengths() const;
   const CallCounters& calls() const;
@@ -153,7 +155,11 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   void list(SlotId id) noexcept;
   Pages keep_limit() const;
   void limit_kept() noexcept;
-  bool drop_excess(std::uint32_t n_frames) noexcept;
+  struct Dropped {
+    SlotId slot;
+    Pages pages;
+  };
+  Dropped drop_excess(std::uint32_t n_frames) noexcept;
   Tokens tokens_before_last(SlotId id, std::uint32_t n_frames) const;
   Pages drop_tail(SlotId id, Tokens keep) noexcept;
   Tokens tokens_in(Pages pages) const;
@@ -179,7 +185,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   };
   bool find_growing(TimePoint now);
   bool map_next(const Growing& growing, TimePoint now) noexcept;
-  bool unmap_kept() noexcept;
+  bool unmap_kept(TimePoint now) noexcept;
   void drop_shared(SlotId id, Tokens keep) noexcept;
   void update_capacity(SequenceState& state);
   void commit(Edit& edit);
@@ -208,6 +214,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   std::atomic<std::int64_t> shared_pages_{0};
   std::atomic<std::uint64_t> n_grown_late_{0};  // relaxed: a figure
   std::atomic<std::uint64_t> merged_pages_{0};  // likewise
+  MapperLog mapper_log_;
   // The background's alone: those that were found to need pages soon, the most urgent last, and
   // how long it takes until they are mapped; no more is mapped before `mapping_resumes_`.
   std::vector<Growing> growing_;

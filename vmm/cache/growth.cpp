@@ -87,10 +87,15 @@ bool Cache::try_grow(std::span<SequenceState* const> states, Tokens n, Stream st
     is_any_lost();
     throw;
   }
+  const auto now = TimePoint::clock::now();
   const std::scoped_lock lock(mutex_);
   for (SequenceState* state : states) {
+    const Pages before = slot(state->slot).backed;
+    const auto room = state->capacity.load(std::memory_order_relaxed) - state->tokens().value;
     update_mapped(state->slot);
     update_capacity(*state);
+    mapper_log_.note({now, MapperEvent::Kind::late, state->slot, slot(state->slot).backed - before,
+                      Tokens(room)});
     if (effort == Effort::spare) note_ahead(*state);
   }
   return true;

@@ -58,7 +58,7 @@ WorkDone Cache::work_ahead(TimePoint now) noexcept {
     if (done.n_frames > 0 && !growing_.empty() && room_of(*growing_.back().state) > 0) break;
   }
   done.has_more = !growing_.empty();
-  if (done.n_frames == 0 && unmap_kept()) {
+  if (done.n_frames == 0 && unmap_kept(now)) {
     done.n_frames = 1;
     done.has_more = true;
   }
@@ -102,6 +102,7 @@ bool Cache::map_next(const Growing& growing, TimePoint now) noexcept {
   const Tokens capacity(state.capacity.load(std::memory_order_relaxed));
   const Tokens until = std::min(growing.until, longest);
   if (capacity >= until) return false;
+  MapperEvent event{.at = now, .slot = state.slot, .room = capacity - state.tokens()};
 
   try {
     const Stream stream = store_->backend().own_stream();
@@ -123,24 +124,35 @@ bool Cache::map_next(const Growing& growing, TimePoint now) noexcept {
     }
     backoff_ = {};
     const std::scoped_lock lock(mutex_);
+    const Pages before = slot(state.slot).backed;
     update_mapped(state.slot);
     update_capacity(state);
     note_ahead(state);
+    event.kind = MapperEvent::Kind::mapped;
+    event.pages = slot(state.slot).backed - before;
+    mapper_log_.note(event);
     return true;
   } catch (const OutOfMemory&) {
+    event.kind = MapperEvent::Kind::starved;
     backoff_ = std::clamp(2 * backoff_, kFirstBackoff, kLongestBackoff);
     mapping_resumes_ = now + backoff_;
     growing_.clear();
   } catch (const std::exception&) {
+    event.kind = MapperEvent::Kind::failed;
   }
+  mapper_log_.note(event);
   // A span that broke on the way is found by the next call that claims the sequence.
   if (space_->is_broken(state.slot)) state.is_lost = true;
   return false;
 }
 
-bool Cache::unmap_kept() noexcept {
+bool Cache::unmap_kept(TimePoint now) noexcept {
   const std::scoped_lock lock(mutex_);
-  return !is_closed_ && drop_excess(kFramesAtOnce);
+  if (is_closed_) return false;
+  const Dropped dropped = drop_excess(kFramesAtOnce);
+  if (dropped.pages == Pages(0)) return false;
+  mapper_log_.note({now, MapperEvent::Kind::unmapped, dropped.slot, dropped.pages});
+  return true;
 }
 
 }  // namespace kvspan

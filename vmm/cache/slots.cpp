@@ -206,14 +206,14 @@ void Cache::limit_kept() noexcept {
   if (store_->background().is_running()) {
     store_->background().wake();  // the mapper's work
   } else {
-    while (drop_excess(UINT32_MAX)) {
+    while (drop_excess(UINT32_MAX).pages > Pages(0)) {
     }
   }
 }
 
 // Unmaps what is kept over the limit, of one slot, at most `n_frames` of each lane's (or one).
-// Returns whether it did anything.
-bool Cache::drop_excess(std::uint32_t n_frames) noexcept {
+// Returns what that was.
+Cache::Dropped Cache::drop_excess(std::uint32_t n_frames) noexcept {
   for (int i = 0; i < kMostRefreshes && kept_ > keep_limit(); ++i) {
     const std::optional<SlotId> live = lists_.first_surplus();
     if (!live) break;
@@ -221,7 +221,7 @@ bool Cache::drop_excess(std::uint32_t n_frames) noexcept {
     list(*live);  // at the end, if at all
   }
   const Pages limit = keep_limit();
-  if (kept_ <= limit) return false;
+  if (kept_ <= limit) return {};
   const Pages excess = kept_ - limit;
   // From the slot that keeps most, and from its end: every sequence needs the pages at the front.
   std::optional<SlotId> fullest;
@@ -230,11 +230,11 @@ bool Cache::drop_excess(std::uint32_t n_frames) noexcept {
     if (is_settled(id)) fullest = id;
     return fullest || ++n_looks == kMostLooks;
   });
-  if (!fullest) return false;
+  if (!fullest) return {};
   const Pages has = slot(*fullest).backed;
   const Tokens keep = has > excess ? tokens_in(has - excess) : Tokens(0);
   drop_tail(*fullest, std::max(keep, tokens_before_last(*fullest, n_frames)));
-  return slot(*fullest).backed < has;
+  return {*fullest, has - slot(*fullest).backed};
 }
 
 // How many tokens a slot holds without the last frames of each lane, but for one lane without at

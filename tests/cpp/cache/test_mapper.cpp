@@ -1,8 +1,10 @@
 // Pages are mapped before they are needed: decoding that the background keeps up with calls no
 // driver, and nothing goes wrong when the two meet.
+#include <algorithm>
 #include <atomic>
 #include <boost/test/unit_test.hpp>
 #include <thread>
+#include <vector>
 
 #include "cache/rig.hpp"
 
@@ -81,6 +83,82 @@ BOOST_AUTO_TEST_CASE(what_is_mapped_ahead_is_counted_so_and_given_up_under_press
   a->extend(Tokens(3), {});
   BOOST_TEST(rig.holds(*a, 1, 0, 48));
   BOOST_CHECK_THROW(a->extend(Tokens(1), {}), OutOfMemory);
+}
+
+// 25.6 tokens a page, and 2,048 announced tokens at first, which is 80 pages.
+BOOST_AUTO_TEST_CASE(an_announced_prompt_finds_its_pages_mapped) {
+  Rig rig({.n_pages = 200, .max_seq_len = 5000});
+  const auto a = rig.cache->sequence(Tokens(4500));
+  Background& background = rig.store->background();
+  TimePoint now{};
+  background.turn(now);
+  BOOST_TEST((rig.cache->figures().mapped == kTestPage * 80));
+  std::uint64_t in_calls = 0;
+  for (const std::int64_t n : {1500, 1500, 1500}) {
+    const std::uint64_t before = driver_work(rig);
+    a->extend(Tokens(n), {});
+    in_calls += driver_work(rig) - before;
+    background.turn(now += std::chrono::milliseconds(1));
+    background.turn(now += std::chrono::milliseconds(199));
+  }
+  BOOST_TEST(in_calls == 0u);
+  BOOST_TEST(rig.cache->figures().n_grown_late == 0u);
+  BOOST_TEST((rig.cache->figures().mapped <= kTestPage * (4500 * 10 / 256 + 2)));
+  BOOST_TEST(figures_add_up(rig));
+}
+
+// What a released sequence's slot keeps is unmapped once its work is done, a few frames at a time.
+BOOST_AUTO_TEST_CASE(the_background_unmaps_what_is_kept) {
+  Rig rig({.n_pages = 100, .keep = Bytes(0), .max_seq_len = 5000});
+  const auto unmapped = [&] { return rig.backend->calls().of(Call::unmap).handles; };
+  auto a = rig.grown(1, 2000);  // 79 pages
+  rig.backend->set_manual_fences(true);
+  a.reset();
+  Background& background = rig.store->background();
+  WorkDone done = background.piece();
+  BOOST_TEST((done.n_frames == 0u && !done.is_idle));
+  BOOST_TEST((rig.cache->figures().kept == kTestPage * 79));
+  rig.backend->pass_all();
+  done = background.piece();
+  BOOST_TEST((done.n_frames == 1u && done.has_more));
+  BOOST_TEST(unmapped() == 8u);
+  background.turn();
+  BOOST_TEST((rig.cache->figures().kept == Bytes(0)));
+  BOOST_TEST(background.piece().is_idle);
+  const MapperEvent last = rig.cache->mapper_events().back();
+  BOOST_TEST((last.kind == MapperEvent::Kind::unmapped && last.pages == Pages(79 - 9 * 8)));
+}
+
+BOOST_AUTO_TEST_CASE(a_release_leaves_unmapping_to_the_background_that_runs) {
+  Rig rig({.n_pages = 100, .keep = Bytes(0), .max_seq_len = 5000});
+  rig.store->background().start();
+  auto a = rig.grown(1, 2000);
+  a.reset();
+  while (rig.cache->figures().kept > Bytes(0)) std::this_thread::yield();
+  const auto events = rig.cache->mapper_events();
+  const auto n_unmapped =
+      std::ranges::count(events, MapperEvent::Kind::unmapped, &MapperEvent::kind);
+  BOOST_TEST(n_unmapped == 10);
+}
+
+BOOST_AUTO_TEST_CASE(without_memory_the_mapper_pauses_longer_each_time) {
+  using namespace std::chrono_literals;
+  Rig rig({.n_pages = 4, .layers_per_page = 2});
+  const auto a = rig.grown(1, 48), b = rig.grown(2, 51);
+  TimePoint now{};
+  std::vector<TimePoint::duration> pauses;
+  for (; now.time_since_epoch() < 300ms; now += 1ms) rig.store->background().turn(now);
+  std::vector<TimePoint> starved;
+  for (const MapperEvent& event : rig.cache->mapper_events()) {
+    if (event.kind == MapperEvent::Kind::starved) starved.push_back(event.at);
+  }
+  for (std::size_t i = 1; i < starved.size(); ++i) pauses.push_back(starved[i] - starved[i - 1]);
+  const TimePoint::duration expected[] = {1ms, 2ms, 4ms, 8ms, 16ms, 32ms, 64ms, 64ms, 64ms};
+  BOOST_TEST(std::ranges::equal(pauses, expected));
+  b->release({});
+  rig.cache->trim();
+  rig.store->background().turn(now + 64ms);
+  BOOST_TEST((rig.cache->mapper_events().back().kind == MapperEvent::Kind::mapped));
 }
 
 BOOST_AUTO_TEST_CASE(empty_full_and_shared_sequences_are_left_alone) {
