@@ -24,6 +24,17 @@ class NullMirror final : public Mirror {
 
 class NullBackend final : public Backend {
  public:
+  NullBackend() = default;
+  // As a GPU's: with a call for each frame. As a host's: with one for each run of frames.
+  NullBackend(DeviceKind kind, Bytes page_size) {
+    traits_.kind = kind;
+    traits_.page_size = page_size;
+    traits_.calls_per_frame = kind == DeviceKind::cuda;
+  }
+
+  // Of all frames that were mapped so far.
+  std::uint64_t pages_mapped() const noexcept { return pages_mapped_; }
+
   const Traits& traits() const noexcept override { return traits_; }
   MemoryInfo memory_info() const override { return {}; }
   HugePages huge_pages() const override { return {}; }
@@ -43,7 +54,7 @@ class NullBackend final : public Backend {
   void do_release(FrameRun) noexcept override {}
   ExportedFrame do_export_frame(FrameId) override { return {}; }
   void do_import_frame(FrameId, const ExportedFrame&) override {}
-  void do_map(Address, FrameRun, Access) override {}
+  void do_map(Address, FrameRun run, Access) override { pages_mapped_ += run.pages().value; }
   void do_set_access(VirtualRange, Access) override {}
   void do_unmap(VirtualRange, std::uint32_t) override {}
   void do_copy(Address, Address, Bytes, Stream) override {}
@@ -52,12 +63,13 @@ class NullBackend final : public Backend {
   void do_wait(Fence) override {}
   void do_order_after(Stream, Fence) override {}
 
-  const Traits traits_{.device = "null",
-                       .kind = DeviceKind::cpu,
-                       .ordinal = 0,
-                       .page_size = kMiB * 2,
-                       .preferred_class = SizeClass(0),
-                       .zero_on_unmapped = true};
+  Traits traits_{.device = "null",
+                 .kind = DeviceKind::cpu,
+                 .ordinal = 0,
+                 .page_size = kMiB * 2,
+                 .preferred_class = SizeClass(0),
+                 .zero_on_unmapped = true};
+  std::uint64_t pages_mapped_ = 0;
 };
 
 }  // namespace kvspan::bench

@@ -58,7 +58,8 @@ class KVCache:
         also what another sequence of this cache left behind (tenants that must not see each other).
     keep
         The most memory that stays mapped without holding a token: what free slots keep for their
-        next sequence, and live ones after a truncate. ``"auto"``: 2% of what is mapped.
+        next sequence, and live ones after a truncate. ``"auto"``: everything while half of the pool
+        is unused, then 0.1% of what is mapped, or two pages a lane.
 
     Raises
     ------

@@ -303,27 +303,16 @@ Pages Cache::reclaim(Pages wanted, Reach reach) noexcept {
   const bool waits = reach == Reach::waited;
   // Free slots first: their pages are a guess at what comes next. Then what live sequences have
   // mapped past their length; one that is in a call right now keeps it.
-  for (std::size_t i = 0; i < slots_.size() && total < wanted; ++i) {
-    const SlotId id(static_cast<std::int32_t>(i));
-    if (!slots_[i].is_free() || (!waits && !is_settled(id))) continue;
-    total += drop_tail(id, Tokens(0));
+  while (total < wanted) {
+    const Pages dropped = drop_kept(wanted - total, UINT32_MAX, waits).pages;
+    if (dropped == Pages(0)) break;
+    total += dropped;
   }
   if (reach == Reach::kept) return total;
   for (std::size_t i = 0; i < slots_.size() && total < wanted; ++i) {
-    const SlotId id(static_cast<std::int32_t>(i));
-    SequenceState* const state = slots_[i].live.get();
+    const SequenceState* const state = slots_[i].live.get();
     if (state == nullptr || slots_[i].backed <= needed_pages(*state)) continue;
-    // Kernels may be reading a surplus that lies in a window, whatever the last fence says.
-    if (!waits && (space_->has_windows() || !is_settled(id))) continue;
-    if (!state->try_claim(Claim::reclaimed)) continue;
-    const std::unique_lock table(state->table, std::try_to_lock);
-    if (table && (!space_->has_windows() || fence_again(*state))) {
-      total += drop_tail(id, state->tokens());
-      update_capacity(*state);
-      note_ahead(*state);
-      state->is_lost = space_->is_broken(id);
-    }
-    state->unclaim(state->is_lost ? Claim::lost : Claim::idle);
+    total += drop_surplus(SlotId(static_cast<std::int32_t>(i)), state->tokens(), waits);
   }
   // What others may yet begin with goes last.
   if (total < wanted) total += evict_prefixes(wanted - total);

@@ -160,11 +160,15 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
     Pages pages;
   };
   Dropped drop_excess(std::uint32_t n_frames) noexcept;
+  Dropped drop_kept(Pages wanted, std::uint32_t n_frames, bool waits) noexcept;
+  Pages drop_surplus(SlotId id, Tokens keep, bool waits) noexcept;
   Tokens tokens_before_last(SlotId id, std::uint32_t n_frames) const;
   Pages drop_tail(SlotId id, Tokens keep) noexcept;
   Tokens tokens_in(Pages pages) const;
   Pages needed_pages(const SequenceState& state) const;
-  Pages planned_pages(const SequenceState& state) const;  // those, and what was mapped ahead
+  // Those, what was mapped ahead, and what was announced.
+  Pages planned_pages(const SequenceState& state) const;
+  Tokens planned_tokens(const SequenceState& state) const;
   Pages pages_at(const SequenceState& state, Tokens length) const;
   void note_ahead(SequenceState& state);
 
@@ -219,6 +223,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   // how long it takes until they are mapped; no more is mapped before `mapping_resumes_`.
   std::vector<Growing> growing_;
   TimePoint::duration lead_{};
+  Pace::Prefill prefill_;
   TimePoint mapping_resumes_{};
   TimePoint::duration backoff_{};
 

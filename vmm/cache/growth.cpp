@@ -129,15 +129,16 @@ void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream
 }
 
 Pages Cache::stride_end(std::size_t lane, const Span& span, Pages needed) const {
-  // A long sequence takes longer strides, each one frame: a call costs per frame, whatever its
-  // size, and a stride of a 128th leaves less than 0.5% unused on average.
-  constexpr std::uint32_t kStrideOneIn = 128;
-  const Pages has = span.end();
-  if (needed <= has) return needed;
-  const std::uint32_t stride =
-      std::min(std::bit_floor(has.value / kStrideOneIn), pages_of(store_->largest_class()).value);
+  // A longer sequence grows in longer strides, each one frame: a call costs per frame, whatever its
+  // size. Half a stride is unused on average: 0.8% of 64 pages, and less than 0.4% from 256 on.
+  // Strides end at multiples of themselves, so that frames of that size are all that is needed.
+  constexpr std::uint32_t kTwoFrom = 64, kStrideOneIn = 128;
+  if (needed <= span.end()) return needed;
+  const std::uint32_t stride = std::min(
+      std::max(std::bit_floor(needed.value / kStrideOneIn), needed.value < kTwoFrom ? 1u : 2u),
+      pages_of(store_->largest_class()).value);
   const Pages limit = space_->pages_with_overread(lane, space_->options().max_seq_len);
-  return std::min(std::max(needed, has + Pages(stride)), limit);
+  return std::min(Pages((needed.value + stride - 1) / stride * stride), limit);
 }
 
 void Cache::commit(Edit& edit) {

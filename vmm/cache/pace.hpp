@@ -24,30 +24,44 @@ class Pace {
   // vLLM's max_num_batched_tokens).
   static constexpr Tokens kFirstPiece{2048};
 
+  // How long a prompt's token takes, as the last pieces of any sequence tell: what is shared by all
+  // that are looked at.
+  struct Prefill {
+    Clock::duration per_token{};
+  };
+
   // The length is so much now, of `expected` that were announced (0: nothing was). Returns for how
   // many more tokens there should be room, if it takes until `lead` from now to make it.
-  Tokens look(Tokens length, Tokens expected, Clock::time_point now, Clock::duration lead) {
-    if (!at_ || length != length_) note(length, now);
-    if (length < expected && (step_ == Tokens(0) || is_prompt(step_))) {
-      const Tokens piece = std::min(is_prompt(step_) ? step_ : kFirstPiece, expected - length);
-      // When the next piece comes is known from the last two, and hardly ever wrong.
-      return !period_ || now + lead >= *at_ + *period_ * 9 / 10 ? piece : Tokens(0);
+  Tokens look(Tokens length, Tokens expected, Clock::time_point now, Clock::duration lead,
+              Prefill& prefill) {
+    if (!at_ || length != length_) {
+      note(length, now);
+      if (period_ > kUnknown && is_prompt(step_)) prefill.per_token = period_ / last_.value;
+    }
+    if (length < expected && step_ == Tokens(0)) return std::min(kFirstPiece, expected - length);
+    if (length < expected && is_prompt(step_)) {
+      // The next piece comes when this one is done.
+      const auto period = period_ > kUnknown ? period_ : prefill.per_token * last_.value;
+      const bool is_due = now + lead >= *at_ + period * 9 / 10;
+      return is_due ? std::min(step_, expected - length) : Tokens(0);
     }
     if (length == Tokens(0)) return Tokens(0);  // a prompt will come, and nobody knows how long
-    if (!period_ || is_prompt(step_)) return kAnyPace;
+    if (period_ == kUnknown || is_prompt(step_)) return kAnyPace;
     // Steps that may be done by then, should they take a quarter less than the last one.
-    const auto n_steps = (now + lead - *at_) / (*period_ * 3 / 4 + Clock::duration(1));
+    const auto n_steps = (now + lead - *at_) / (period_ * 3 / 4 + Clock::duration(1));
     return std::min(step_ * std::min(n_steps, kAnyPace.value), std::max(step_, kAnyPace));
   }
 
  private:
+  static constexpr Clock::duration kUnknown{};
+
   static bool is_prompt(Tokens step) { return step > kMostDecoded; }
 
   void note(Tokens length, Clock::time_point now) {
     const Tokens step = at_ ? length - length_ : Tokens(0);
     const bool goes_on =
         step > Tokens(0) && last_ > Tokens(0) && is_prompt(step) == is_prompt(last_);
-    period_ = goes_on ? std::optional(now - *at_) : std::nullopt;
+    period_ = goes_on ? now - *at_ : kUnknown;
     // Steps of speculation differ: the longer of the last two.
     step_ = goes_on ? std::max(step, last_) : step;
     last_ = step;
@@ -55,8 +69,8 @@ class Pace {
     at_ = now;
   }
 
-  std::optional<Clock::time_point> at_;    // of the last step
-  std::optional<Clock::duration> period_;  // from the one before, if that was of the same kind
+  std::optional<Clock::time_point> at_;  // of the last step
+  Clock::duration period_ = kUnknown;    // from the one before, if that was of the same kind
   Tokens length_{}, step_{}, last_{};
 };
 

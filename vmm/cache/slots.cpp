@@ -8,11 +8,12 @@ namespace kvspan {
 
 namespace {
 
-// What is kept mapped is waste until it is used again, so it is held to a fiftieth of what is
-// mapped, or a few pages a lane where that is next to nothing. What a live sequence has left over
-// from the slot's last one counts, but free slots give up theirs first: a live one is growing into
-// its own.
-constexpr std::int64_t kKeepOneIn = 50;
+// What is kept mapped costs nothing as long as so much of the pool is unused. From then on it is
+// waste until it is used again, so it is held to half a percent of what is mapped, or a few pages a
+// lane where that is next to nothing. What a live sequence has left over from the slot's last one
+// counts, but free slots give up theirs first: a live one is growing into its own.
+constexpr std::uint64_t kAmpleOneIn = 2;
+constexpr std::int64_t kKeepOneIn = 1000;
 constexpr std::uint32_t kKeepPagesPerLane = 2;
 
 // Of many slots that would do, so many are asked whether their work is done, and so many live ones
@@ -197,6 +198,10 @@ Pages Cache::keep_limit() const {
     return Pages(static_cast<std::uint32_t>(
         std::min<std::uint64_t>(keep_->value / space_->page_size().value, UINT32_MAX)));
   }
+  const FrameStore::Counts counts = store_->counts();
+  if ((counts.capacity - counts.in_use).value >= counts.capacity.value / kAmpleOneIn) {
+    return Pages(UINT32_MAX);
+  }
   const auto share = mapped_pages_.load(std::memory_order_relaxed) / kKeepOneIn;
   return std::max(Pages(static_cast<std::uint32_t>(share)),
                   Pages(static_cast<std::uint32_t>(space_->n_lanes()) * kKeepPagesPerLane));
@@ -222,19 +227,57 @@ Cache::Dropped Cache::drop_excess(std::uint32_t n_frames) noexcept {
   }
   const Pages limit = keep_limit();
   if (kept_ <= limit) return {};
-  const Pages excess = kept_ - limit;
-  // From the slot that keeps most, and from its end: every sequence needs the pages at the front.
+  return drop_kept(kept_ - limit, n_frames, false);
+}
+
+// Unmaps about `wanted` pages of one slot: of the free one that keeps most, and from its end, for
+// every sequence needs the pages at the front; else what a live one has left over.
+Cache::Dropped Cache::drop_kept(Pages wanted, std::uint32_t n_frames, bool waits) noexcept {
   std::optional<SlotId> fullest;
   int n_looks = 0;
   lists_.descending(Pages(UINT32_MAX), [&](SlotId id) {
-    if (is_settled(id)) fullest = id;
+    if (waits || is_settled(id)) fullest = id;
     return fullest || ++n_looks == kMostLooks;
   });
-  if (!fullest) return {};
-  const Pages has = slot(*fullest).backed;
-  const Tokens keep = has > excess ? tokens_in(has - excess) : Tokens(0);
-  drop_tail(*fullest, std::max(keep, tokens_before_last(*fullest, n_frames)));
-  return {*fullest, has - slot(*fullest).backed};
+  if (fullest) {
+    const Pages has = slot(*fullest).backed;
+    const Tokens keep = has > wanted ? tokens_in(has - wanted) : Tokens(0);
+    drop_tail(*fullest, std::max(keep, tokens_before_last(*fullest, n_frames)));
+    // Where a frame is more than what is wanted, it goes all the same.
+    if (slot(*fullest).backed == has && !slot(*fullest).is_retired) {
+      drop_tail(*fullest, tokens_before_last(*fullest, 1));
+    }
+    return {*fullest, has - slot(*fullest).backed};
+  }
+  for (int i = 0; i < kMostRefreshes; ++i) {
+    const std::optional<SlotId> live = lists_.first_surplus();
+    if (!live) break;
+    lists_.remove(*live);
+    const Tokens planned = planned_tokens(*slot(*live).live);
+    const Pages dropped =
+        drop_surplus(*live, std::max(planned, tokens_before_last(*live, n_frames)), waits);
+    if (dropped > Pages(0)) return {*live, dropped};
+    list(*live);
+  }
+  return {};
+}
+
+// Of a live sequence: unmaps what lies behind `keep` tokens, if nobody is inside a call on it.
+Pages Cache::drop_surplus(SlotId id, Tokens keep, bool waits) noexcept {
+  // Kernels may be reading a surplus that lies in a window, whatever the last fence says.
+  if (!waits && (space_->has_windows() || !is_settled(id))) return Pages(0);
+  SequenceState& state = *slot(id).live;
+  if (!state.try_claim(Claim::reclaimed)) return Pages(0);
+  Pages dropped{};
+  const std::unique_lock table(state.table, std::try_to_lock);
+  if (table && (!space_->has_windows() || fence_again(state))) {
+    dropped = drop_tail(id, keep);
+    update_capacity(state);
+    note_ahead(state);
+    state.is_lost = space_->is_broken(id);
+  }
+  state.unclaim(state.is_lost ? Claim::lost : Claim::idle);
+  return dropped;
 }
 
 // How many tokens a slot holds without the last frames of each lane, but for one lane without at
@@ -287,8 +330,13 @@ Pages Cache::needed_pages(const SequenceState& state) const {
 }
 
 Pages Cache::planned_pages(const SequenceState& state) const {
+  return pages_at(state, planned_tokens(state));
+}
+
+Tokens Cache::planned_tokens(const SequenceState& state) const {
   const Tokens ahead(state.mapped_ahead.load(std::memory_order_relaxed));
-  return pages_at(state, std::max(state.tokens(), ahead));
+  const Tokens announced(state.announced.load(std::memory_order_relaxed));
+  return std::max({state.tokens(), ahead, announced});
 }
 
 Pages Cache::pages_at(const SequenceState& state, Tokens length) const {

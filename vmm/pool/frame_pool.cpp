@@ -29,6 +29,7 @@ class FramePool::Class {
       : ids_(c, capacity, lend_from), more_(capacity) {}
 
   bool take(std::span<FrameId> out) noexcept { return ids_.take(out); }
+  bool take_recycled(std::span<FrameId> out) noexcept { return ids_.take_recycled(out); }
   bool take_fresh(std::span<FrameId> out) noexcept { return ids_.take_fresh(out); }
 
   bool share(std::uint32_t index) noexcept {
@@ -100,6 +101,11 @@ FramePool::~FramePool() = default;
 bool FramePool::take(SizeClass c, std::span<FrameId> out) noexcept {
   Class* const pool = find(c);
   return pool != nullptr ? pool->take(out) : out.empty();
+}
+
+bool FramePool::take_recycled(SizeClass c, std::span<FrameId> out) noexcept {
+  Class* const pool = find(c);
+  return pool != nullptr ? pool->take_recycled(out) : out.empty();
 }
 
 bool FramePool::take_fresh(SizeClass c, std::span<FrameId> out) noexcept {

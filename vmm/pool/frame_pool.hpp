@@ -43,6 +43,9 @@ class FramePool {
   // class that the pool does not have has none.
   bool take(SizeClass c, std::span<FrameId> out) noexcept;
 
+  // The same of recycled frames alone.
+  bool take_recycled(SizeClass c, std::span<FrameId> out) noexcept;
+
   // Takes frames that were never taken before, and leaves the recycled ones to others.
   bool take_fresh(SizeClass c, std::span<FrameId> out) noexcept;
 

@@ -21,8 +21,8 @@ constexpr int kPatience = 1000;
 IdPool::IdPool(SizeClass c, std::uint32_t capacity, std::uint32_t lend_from)
     : class_(c), capacity_(capacity), lend_from_(lend_from), tree_(capacity) {}
 
-bool IdPool::take_elsewhere(std::span<FrameId> out) noexcept {
-  return refill(out) || take_admitted(out);
+bool IdPool::take_elsewhere(std::span<FrameId> out, std::uint32_t limit) noexcept {
+  return refill(out) || take_admitted(out, limit);
 }
 
 // Takes from a word that is lent to this thread from then on, in exchange for the one it had. False
@@ -73,7 +73,7 @@ void IdPool::recall_all() noexcept {
   for (Magazine& magazine : magazines_) recall(magazine.word.exchange(kNone, acq_rel));
 }
 
-bool IdPool::take_admitted(std::span<FrameId> out) noexcept {
+bool IdPool::take_admitted(std::span<FrameId> out, std::uint32_t limit) noexcept {
   if (out.size() > capacity_) return false;
   const auto wanted = static_cast<std::uint32_t>(out.size());
   // relaxed: only a guess, which the exchanges below check.
@@ -82,7 +82,7 @@ bool IdPool::take_admitted(std::span<FrameId> out) noexcept {
   for (int n_waits = 0;;) {
     const Admission now = Admission::unpacked(seen);
     const std::uint32_t n_recycled = std::min(wanted, now.free), n_fresh = wanted - n_recycled;
-    const bool is_enough = n_fresh <= capacity_ - now.bump;
+    const bool is_enough = n_fresh == 0 || (now.bump < limit && n_fresh <= limit - now.bump);
     if (is_enough && (n_fresh == 0 || now.n_lent == 0 || has_recalled)) {
       // acquire: see the bits that givers set before they added to `free`; release: whoever reads
       // the new bump knows of everything that came before it.

@@ -45,18 +45,12 @@ class IdPool {
   // Takes out.size() ids, recycled before fresh ones. All or nothing: false, `out` untouched,
   // exactly when fewer are free and fresh. The memory of an id is as its last owner left it.
   bool take(std::span<FrameId> out) noexcept {
-    if (out.size() - 1 < kIdsPerWord) {
-      // relaxed: a word to try; it says itself whether it is lent.
-      const std::uint32_t word = magazines_[thread_number()].word.load(std::memory_order_relaxed);
-      if (word != kNone) {
-        const auto wanted = static_cast<std::uint32_t>(out.size());
-        if (const std::uint32_t mask = tree_.claim_lent(word, wanted); mask != 0) {
-          write({word, mask}, out);
-          return true;
-        }
-      }
-    }
-    return take_elsewhere(out);
+    return take_lent(out) || take_elsewhere(out, capacity_);
+  }
+
+  // Takes recycled ids only; otherwise as `take`.
+  bool take_recycled(std::span<FrameId> out) noexcept {
+    return take_lent(out) || take_elsewhere(out, 0);
   }
 
   // Takes ids that were never taken before; otherwise as `take`.
@@ -162,12 +156,25 @@ class IdPool {
     return out.subspan(static_cast<std::size_t>(next - out.data()));
   }
 
-  bool take_elsewhere(std::span<FrameId> out) noexcept;
+  // From this thread's magazine, if that has as many side by side.
+  bool take_lent(std::span<FrameId> out) noexcept {
+    if (out.size() - 1 >= kIdsPerWord) return false;
+    // relaxed: a word to try; it says itself whether it is lent.
+    const std::uint32_t word = magazines_[thread_number()].word.load(std::memory_order_relaxed);
+    if (word == kNone) return false;
+    const std::uint32_t mask = tree_.claim_lent(word, static_cast<std::uint32_t>(out.size()));
+    if (mask == 0) return false;
+    write({word, mask}, out);
+    return true;
+  }
+
+  // With ids that are fresh as long as fewer than `limit` are not.
+  bool take_elsewhere(std::span<FrameId> out, std::uint32_t limit) noexcept;
   std::uint32_t begin_search(std::uint32_t bump) noexcept;
   bool refill(std::span<FrameId> out) noexcept;
   void recall(std::uint32_t word) noexcept;
   void recall_all() noexcept;
-  bool take_admitted(std::span<FrameId> out) noexcept;
+  bool take_admitted(std::span<FrameId> out, std::uint32_t limit) noexcept;
   void collect(std::span<FrameId> out, std::uint32_t bump) noexcept;
 
   alignas(kCacheLine) Atomic<std::uint64_t> admit_{0};

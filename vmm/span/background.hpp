@@ -67,7 +67,10 @@ class Background {
   // All there is to do now.
   WorkDone turn(TimePoint now = TimePoint::clock::now()) noexcept;
 
-  // Whether there is a thread.
+  // In place of `start`, for who calls `piece` or `turn` often enough himself, in his own time.
+  void start_without_thread() noexcept { is_running_.store(true, std::memory_order_relaxed); }
+
+  // Whether what can be left to the background gets done there.
   bool is_running() const noexcept { return is_running_.load(std::memory_order_relaxed); }
 
   // Ends a sleep. Cheap, and harmless when there is no thread.

@@ -61,7 +61,7 @@ void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out, Effort
   // backend throws). Pages that are reclaimed help against both, for their frames exist already.
   const std::size_t before = out.size();
   try {
-    if (try_take(gaps, out)) return;
+    if (try_take(gaps, out, Breaking::no)) return;
   } catch (const OutOfMemory&) {
     out.resize(before);
     if (effort == Effort::spare) throw;
@@ -80,6 +80,8 @@ void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out, Effort
   const Bytes asked = size_of(wanted, page_size_);
   // Nobody loses anything to a request that would fail all the same.
   if (asked > unused + reclaimable_by_all()) throw_out_of_memory(asked);
+  // What is unused may do, in frames of other classes.
+  if (asked <= unused && try_take_or_not(gaps, out)) return;
   for (const Reach reach : {Reach::kept, Reach::idle, Reach::waited}) {
     // First only what the capacity lacks; if that does not do, the machine is short as well.
     Pages missing = wanted;
@@ -91,16 +93,8 @@ void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out, Effort
       if (found >= missing) break;
       missing -= found;
     }
-    try {
-      if (try_take(gaps, out)) return;
-      // Free frames of other size classes hold memory that the budget lacks for new ones.
-      if (largest_class() > SizeClass(0) && release_free(wanted) > Pages(0) &&
-          try_take(gaps, out)) {
-        return;
-      }
-    } catch (const OutOfMemory&) {
-      out.resize(before);
-      if (reach == Reach::waited) throw;
+    if (reach == Reach::waited ? try_take(gaps, out, Breaking::yes) : try_take_or_not(gaps, out)) {
+      return;
     }
     if (effort == Effort::kept) break;
   }
@@ -120,7 +114,18 @@ void FrameStore::throw_out_of_memory(Bytes asked) const {
                         ": release or truncate sequences, or make a larger pool");
 }
 
-bool FrameStore::try_take(std::span<const Gap> gaps, std::vector<Taken>& out) {
+// As try_take, but a machine that is short of memory makes it fail like a pool that is.
+bool FrameStore::try_take_or_not(std::span<const Gap> gaps, std::vector<Taken>& out) {
+  const std::size_t before = out.size();
+  try {
+    return try_take(gaps, out, Breaking::yes);
+  } catch (const OutOfMemory&) {
+    out.resize(before);
+    return false;
+  }
+}
+
+bool FrameStore::try_take(std::span<const Gap> gaps, std::vector<Taken>& out, Breaking breaking) {
   const std::size_t before = out.size();
   std::vector<FrameId> frames;
   const auto undo = [&] {
@@ -129,16 +134,21 @@ bool FrameStore::try_take(std::span<const Gap> gaps, std::vector<Taken>& out) {
   };
   try {
     for (const Gap& gap : gaps) {
-      // A buddy decomposition: as many of the largest frames as fit, then of the next class. Where
-      // a class is short its pages are made up of smaller frames.
       Pages left = gap.pages;
-      for (int c = pool_.largest_class().value; c >= 0 && left > Pages(0); --c) {
-        const SizeClass size_class{static_cast<std::uint8_t>(c)};
-        std::size_t n = left.value >> c;
-        frames.clear();
-        while (n > 0 && !try_take_class(size_class, n, frames)) n = c == 0 ? 0 : n / 2;
-        for (const FrameId frame : frames) out.push_back({frame});
-        left -= Pages(static_cast<std::uint32_t>(frames.size() << c));
+      // A buddy decomposition: as many of the largest frames as there are, then of the next class.
+      const auto cover = [&] {
+        for (int c = pool_.largest_class().value; c >= 0 && left > Pages(0); --c) {
+          const SizeClass size_class{static_cast<std::uint8_t>(c)};
+          frames.clear();
+          take_class(size_class, left.value >> c, frames);
+          for (const FrameId frame : frames) out.push_back({frame});
+          left -= Pages(static_cast<std::uint32_t>(frames.size() << c));
+        }
+      };
+      cover();
+      // Free frames of larger classes hold memory that the budget lacks for small ones.
+      if (breaking == Breaking::yes && left > Pages(0) && release_free(left) > Pages(0)) {
+        cover();
       }
       if (left > Pages(0)) {
         undo();
@@ -146,6 +156,7 @@ bool FrameStore::try_take(std::span<const Gap> gaps, std::vector<Taken>& out) {
       }
     }
   } catch (...) {
+    for (const FrameId frame : frames) out.push_back({frame});
     undo();
     throw;
   }
@@ -163,59 +174,83 @@ bool FrameStore::try_take(std::span<const Gap> gaps, std::vector<Taken>& out) {
   return true;
 }
 
-bool FrameStore::try_take_class(SizeClass c, std::size_t n, std::vector<FrameId>& frames) {
-  frames.resize(n);
-  bool taken = pool_.take(c, frames);
+// Up to n frames of the class: those that there are, then new ones as far as the budget goes.
+// Appends them to `frames`, also those that came before it throws.
+void FrameStore::take_class(SizeClass c, std::size_t n, std::vector<FrameId>& frames) {
+  std::vector<FrameId> there(std::min<std::uint64_t>(n, pool_.counts(c).free));
+  // Others may be quicker: half of it, and half of that.
+  while (!there.empty() && !pool_.take_recycled(c, there)) there.resize(there.size() / 2);
+  frames.insert(frames.end(), there.begin(), there.end());
+  if (there.size() < n) make_frames(c, n - there.size(), frames);
+}
+
+void FrameStore::make_frames(SizeClass c, std::size_t n, std::vector<FrameId>& frames) {
+  n = reserve_budget(c, n);
+  if (n == 0) return;
+  std::vector<FrameId> made = ids_without_memory(c, n);
+  const auto free_budget = [&](std::size_t n_frames) {
+    created_.fetch_sub(std::uint64_t{n_frames} << c.value, std::memory_order_relaxed);
+  };
+  free_budget(n - made.size());
+
+  std::size_t n_made = 0;
+  const auto append = [&] {
+    frames.insert(frames.end(), made.begin(), made.begin() + static_cast<std::ptrdiff_t>(n_made));
+  };
   try {
-    if (taken && !create_absent(frames)) {
-      pool_.give(frames);
-      taken = false;
-    }
+    for_each_run(made, [&](FrameRun run) {
+      backend_->create(run);
+      const auto state = backend_->traits().creates_zeros ? kClean : kDirty;
+      for (std::uint32_t k = 0; k < run.count; ++k) {
+        state_of(run.first.next(k)).store(state, std::memory_order_relaxed);
+      }
+      n_made += run.count;
+    });
   } catch (...) {
-    pool_.give(frames);
-    frames.clear();
+    // What was made stays: with what was there, it is the caller's to use or to give back.
+    free_budget(made.size() - n_made);
+    put_aside(c, std::span(made).subspan(n_made));
+    append();
     throw;
   }
-  if (!taken) frames.clear();
-  return taken;
+  append();
 }
 
-bool FrameStore::create_absent(std::span<const FrameId> frames) {
-  // Frames that were created before a failure stay: they are free frames with memory, in budget.
-  std::size_t i = 0;
-  while (i < frames.size()) {
-    if (state_of(frames[i]).load(std::memory_order_relaxed) != kAbsent) {
-      ++i;
-      continue;
-    }
-    FrameRun run{frames[i], 1};
-    while (i + run.count < frames.size() && frames[i + run.count] == run.first.next(run.count) &&
-           state_of(frames[i + run.count]).load(std::memory_order_relaxed) == kAbsent) {
-      ++run.count;
-    }
-    if (!reserve_budget(run.pages())) return false;
-    try {
-      backend_->create(run);
-    } catch (...) {
-      created_.fetch_sub(run.pages().value, std::memory_order_relaxed);
-      throw;
-    }
-    const auto state = backend_->traits().creates_zeros ? kClean : kDirty;
-    for (std::uint32_t k = 0; k < run.count; ++k) {
-      state_of(run.first.next(k)).store(state, std::memory_order_relaxed);
-    }
-    present_[run.first.size_class().value].fetch_add(run.count, std::memory_order_relaxed);
-    i += run.count;
-  }
-  return true;
-}
-
-bool FrameStore::reserve_budget(Pages pages) noexcept {
+// Takes as much of the budget as there is for n frames, and returns for how many that is.
+std::size_t FrameStore::reserve_budget(SizeClass c, std::size_t n) noexcept {
   std::uint64_t now = created_.load(std::memory_order_relaxed);
-  do {
-    if (now + pages.value > capacity_.value) return false;
-  } while (!created_.compare_exchange_weak(now, now + pages.value, std::memory_order_relaxed));
-  return true;
+  for (;;) {
+    const std::uint64_t most = std::min<std::uint64_t>(n, (capacity_.value - now) >> c.value);
+    if (most == 0) return 0;
+    if (created_.compare_exchange_weak(now, now + (most << c.value), std::memory_order_relaxed)) {
+      return most;
+    }
+  }
+}
+
+// Up to n.
+std::vector<FrameId> FrameStore::ids_without_memory(SizeClass c, std::size_t n) {
+  std::vector<FrameId> ids;
+  ids.reserve(n);
+  {
+    const std::scoped_lock lock(aside_mutex_);
+    std::vector<FrameId>& aside = aside_[c.value];
+    const std::size_t n_old = std::min(n, aside.size());
+    ids.insert(ids.end(), aside.rbegin(), aside.rbegin() + static_cast<std::ptrdiff_t>(n_old));
+    aside.resize(aside.size() - n_old);
+    n_aside_[c.value].fetch_sub(n_old, std::memory_order_relaxed);
+  }
+  std::ranges::sort(ids);
+  std::vector<FrameId> fresh(n - ids.size());
+  while (!fresh.empty() && !pool_.take_fresh(c, fresh)) fresh.resize(fresh.size() / 2);
+  ids.insert(ids.end(), fresh.begin(), fresh.end());
+  return ids;
+}
+
+void FrameStore::put_aside(SizeClass c, std::span<const FrameId> ids) {
+  const std::scoped_lock lock(aside_mutex_);
+  aside_[c.value].insert(aside_[c.value].end(), ids.begin(), ids.end());
+  n_aside_[c.value].fetch_add(ids.size(), std::memory_order_relaxed);
 }
 
 void FrameStore::share(FrameId frame) {
@@ -247,16 +282,22 @@ void FrameStore::give_back(std::span<const Taken> taken) noexcept {
 
 void FrameStore::create_ahead(Bytes size) {
   const std::uint64_t wanted = div_up(size.value, page_size_.value);
-  const FramePool::Counts now = pool_.counts(SizeClass(0));
-  if (wanted <= now.free) return;
+  const std::uint64_t free = pool_.counts(SizeClass(0)).free;
+  if (wanted <= free) return;
   std::vector<FrameId> frames;
-  const std::uint64_t n = std::min<std::uint64_t>(wanted, now.free + now.fresh);
-  if (n < wanted || !try_take_class(SizeClass(0), n, frames)) {
+  const std::uint64_t room = capacity_.value - created_.load(std::memory_order_relaxed);
+  try {
+    if (wanted - free <= room) make_frames(SizeClass(0), wanted - free, frames);
+  } catch (...) {
+    pool_.give(frames);
+    throw;
+  }
+  pool_.give(frames);
+  if (frames.size() < wanted - free) {
     const Counts have = counts();
     throw OutOfMemory(size, have.capacity - have.in_use, Bytes(0),
                       "create fewer frames ahead, or make a larger pool");
   }
-  pool_.give(frames);
 }
 
 std::size_t FrameStore::frames_to_keep_ready(SizeClass c, Bytes& left) const noexcept {
@@ -273,26 +314,40 @@ WorkDone FrameStore::keep_ready() noexcept {
   Bytes left = ready_;
   for (std::uint8_t c = 0; c <= largest_class().value; ++c) {
     const std::size_t wanted = frames_to_keep_ready(SizeClass(c), left);
-    const std::uint64_t present = present_[c].load(std::memory_order_relaxed);
-    if (present >= pool_.counts(SizeClass(c)).in_use + wanted) continue;
-    if (create_one(SizeClass(c))) return {.n_frames = 1, .is_idle = true, .has_more = true};
+    if (pool_.counts(SizeClass(c)).free >= wanted) continue;
+    std::vector<FrameId> frames;
+    try {
+      make_frames(SizeClass(c), 1, frames);
+    } catch (const std::exception&) {
+      // The machine is short of memory, or the driver fails: whoever needs a frame will be told.
+    }
+    pool_.give(frames);
+    if (!frames.empty()) return {.n_frames = 1, .is_idle = true, .has_more = true};
   }
+  if (merge_two()) return {.n_frames = 1, .is_idle = true, .has_more = true};
   return {};
 }
 
-bool FrameStore::create_one(SizeClass c) noexcept {
-  // A fresh id: taking recycled ones would take ready frames away from others meanwhile. Frames
-  // that were trimmed are created again by those who need them.
-  FrameId frame;
-  if (!pool_.take_fresh(c, {&frame, 1})) return false;
-  bool is_created = false;
-  try {
-    is_created = create_absent({&frame, 1});
-  } catch (const std::exception&) {
-    // The machine is short of memory, or the driver fails: whoever needs a frame will be told.
+// Makes one frame of two of the next smaller class, where those lie idle and that is what is short:
+// without it, all frames would end up as single pages.
+bool FrameStore::merge_two() noexcept {
+  constexpr std::uint64_t kIdle = 8, kShort = 2;
+  for (std::uint8_t i = 0; i < largest_class().value; ++i) {
+    const SizeClass c(i), larger(static_cast<std::uint8_t>(i + 1));
+    if (pool_.counts(c).free < kIdle || pool_.counts(larger).free >= kShort) continue;
+    std::array<FrameId, 2> two;
+    if (!pool_.take_recycled(c, two)) continue;
+    std::vector<FrameId> made;
+    try {
+      release(c, two);
+      make_frames(larger, 1, made);
+    } catch (const std::exception&) {
+      // The memory of the two is back in the budget; whoever needs a frame makes one.
+    }
+    pool_.give(made);
+    return !made.empty();
   }
-  pool_.give({&frame, 1});
-  return is_created;
+  return false;
 }
 
 Bytes FrameStore::trim() {
@@ -301,39 +356,37 @@ Bytes FrameStore::trim() {
 }
 
 Pages FrameStore::release_free(Pages wanted) {
-  // The frames are held until all are done, or the same ones would be found again. Whoever finds
-  // too few meanwhile waits for `pressure_` and tries again.
   Pages released{};
-  for (int c = pool_.largest_class().value; c >= 0 && released < wanted; --c) {
-    const SizeClass size_class{static_cast<std::uint8_t>(c)};
-    // Others take and give meanwhile: as many as there are at the moment of taking.
-    std::vector<FrameId> held(pool_.counts(size_class).free);
-    while (!held.empty() && !pool_.take(size_class, held))
-      held.resize(pool_.counts(size_class).free);
-    std::vector<FrameId> present;
-    for (const FrameId frame : held) {
-      const bool is_enough = released.value + (present.size() << c) >= wanted.value;
-      if (is_enough) break;
-      if (state_of(frame).load(std::memory_order_relaxed) != kAbsent) present.push_back(frame);
-    }
-    for_each_run(present, [&](FrameRun run) {
-      backend_->release(run);
-      for (std::uint32_t k = 0; k < run.count; ++k) {
-        state_of(run.first.next(k)).store(kAbsent, std::memory_order_relaxed);
-      }
-      created_.fetch_sub(run.pages().value, std::memory_order_relaxed);
-      present_[run.first.size_class().value].fetch_sub(run.count, std::memory_order_relaxed);
-      released += run.pages();
-    });
-    pool_.give(held);
+  // Single pages last: whoever asks has used those, where they would do.
+  for (std::uint8_t i = 1; i <= largest_class().value + 1 && released < wanted; ++i) {
+    const SizeClass c(i <= largest_class().value ? i : std::uint8_t{0});
+    const std::uint64_t missing = ((wanted - released).value + pages_of(c).value - 1) >> c.value;
+    std::vector<FrameId> frames(std::min<std::uint64_t>(missing, pool_.counts(c).free));
+    while (!frames.empty() && !pool_.take_recycled(c, frames)) frames.resize(frames.size() / 2);
+    std::ranges::sort(frames);
+    release(c, frames);
+    released += pages_of(c) * static_cast<std::uint32_t>(frames.size());
   }
   return released;
+}
+
+// Gives the memory of frames of one class, which nobody else has, back to the machine.
+void FrameStore::release(SizeClass c, std::span<const FrameId> frames) {
+  for_each_run(frames, [&](FrameRun run) {
+    backend_->release(run);
+    for (std::uint32_t k = 0; k < run.count; ++k) {
+      state_of(run.first.next(k)).store(kAbsent, std::memory_order_relaxed);
+    }
+    created_.fetch_sub(run.pages().value, std::memory_order_relaxed);
+  });
+  put_aside(c, frames);
 }
 
 FrameStore::Counts FrameStore::counts() const noexcept {
   std::uint64_t in_use = 0;
   for (std::uint8_t c = 0; c <= pool_.largest_class().value; ++c) {
-    in_use += pool_.counts(SizeClass(c)).in_use << c;
+    in_use += (pool_.counts(SizeClass(c)).in_use - n_aside_[c].load(std::memory_order_relaxed))
+              << c;
   }
   return {size_of(capacity_, page_size_), Bytes(in_use * page_size_.value),
           Bytes(created_.load(std::memory_order_relaxed) * page_size_.value)};

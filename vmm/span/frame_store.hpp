@@ -125,13 +125,18 @@ class FrameStore {
   using State = std::atomic<std::uint32_t>;
 
   State& state_of(FrameId frame) noexcept;
-  bool try_take(std::span<const Gap> gaps, std::vector<Taken>& out);
-  bool try_take_class(SizeClass c, std::size_t n, std::vector<FrameId>& frames);
-  bool create_absent(std::span<const FrameId> frames);
-  bool reserve_budget(Pages pages) noexcept;
+  enum class Breaking : std::uint8_t { no, yes };  // of frames that are larger than what is needed
+  bool try_take(std::span<const Gap> gaps, std::vector<Taken>& out, Breaking breaking);
+  bool try_take_or_not(std::span<const Gap> gaps, std::vector<Taken>& out);
+  void take_class(SizeClass c, std::size_t n, std::vector<FrameId>& frames);
+  void make_frames(SizeClass c, std::size_t n, std::vector<FrameId>& frames);
+  std::size_t reserve_budget(SizeClass c, std::size_t n) noexcept;
+  std::vector<FrameId> ids_without_memory(SizeClass c, std::size_t n);
+  void put_aside(SizeClass c, std::span<const FrameId> ids);
   std::size_t frames_to_keep_ready(SizeClass c, Bytes& left) const noexcept;
-  bool create_one(SizeClass c) noexcept;
-  Pages release_free(Pages wanted);
+  Pages release_free(Pages wanted);  // under pressure_
+  void release(SizeClass c, std::span<const FrameId> frames);
+  bool merge_two() noexcept;
   Bytes reclaimable_by_all() const noexcept;                 // under pressure_
   [[noreturn]] void throw_out_of_memory(Bytes asked) const;  // likewise
 
@@ -141,7 +146,11 @@ class FrameStore {
   const Bytes ready_;
   FramePool pool_;
   std::vector<std::unique_ptr<State[]>> states_;  // one array a size class
-  std::array<std::atomic<std::uint64_t>, FrameId::kMaxClass + 1> present_{};  // frames, by class
+  // Ids whose memory went back to the machine, by class. For the pool they are in use, so that what
+  // it calls free has memory.
+  std::mutex aside_mutex_;  // guards aside_
+  std::array<std::vector<FrameId>, FrameId::kMaxClass + 1> aside_;
+  std::array<std::atomic<std::uint64_t>, FrameId::kMaxClass + 1> n_aside_{};
   std::atomic<std::uint64_t> created_{0};  // pages with physical memory, never over capacity
   std::atomic<std::uint32_t> next_owner_{kFirstOwner};
 

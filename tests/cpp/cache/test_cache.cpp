@@ -132,9 +132,18 @@ BOOST_AUTO_TEST_CASE(no_more_is_kept_than_allowed) {
     }
     BOOST_TEST(figures_add_up(rig));
   }
-  // By default next to nothing here: two pages a lane.
+}
+
+// By default, while half of the pool is unused, everything; then next to nothing here: two pages a
+// lane.
+BOOST_AUTO_TEST_CASE(by_default_what_is_kept_depends_on_what_is_left) {
   Rig rig({.layers_per_page = 1});
   rig.grown(1, 500)->release({});
+  BOOST_TEST((rig.cache->figures().kept == kTestPage * 20));
+  const auto a = rig.grown(1, 200);
+  BOOST_TEST((rig.cache->figures().kept == kTestPage * 20));
+  const auto b = rig.grown(2, 900);
+  rig.grown(3, 50)->release({});
   BOOST_TEST((rig.cache->figures().kept <= kTestPage * 4));
   BOOST_TEST((rig.cache->figures().kept > Bytes(0)));
 }

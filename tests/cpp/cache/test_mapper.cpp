@@ -196,7 +196,7 @@ BOOST_AUTO_TEST_CASE(long_sequences_take_longer_strides) {
   const auto a = rig.cache->sequence(Tokens(0));
   a->extend(Tokens(25 * 600), {});
   const auto before = rig.backend->calls().of(Call::map).handles;
-  a->extend(Tokens(51), {});
+  a->extend(Tokens(60), {});
   const auto figures = rig.cache->figures();
   BOOST_TEST(rig.backend->calls().of(Call::map).handles - before <= 2u);
   BOOST_TEST((figures.ahead >= kTestPage));

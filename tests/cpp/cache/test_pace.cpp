@@ -30,9 +30,12 @@ class Watched {
   }
 
  private:
-  std::int64_t look() { return pace_.look(Tokens(length_), Tokens(expected_), now_, kLead).value; }
+  std::int64_t look() {
+    return pace_.look(Tokens(length_), Tokens(expected_), now_, kLead, prefill_).value;
+  }
 
   Pace pace_;
+  Pace::Prefill prefill_;
   std::int64_t length_ = 0, expected_;
   Pace::Clock::time_point now_{};
 };
