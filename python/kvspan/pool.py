@@ -17,6 +17,7 @@ from kvspan.stats import PoolStats, call_counts
 
 # The share of the capacity that the background keeps created and unused.
 READY_ONE_IN = 16
+HUGETLB = ("hugetlb", "auto")
 
 
 class Pool:
@@ -46,7 +47,15 @@ class Pool:
         How much memory the background keeps created and unused. Default: a sixteenth of the
         capacity, of which 64 single pages and two frames of each larger size are made at most.
     huge_pages
-        On a host: whether to ask the kernel for huge pages. It may refuse; `stats` says so.
+        On a host: what pages of the machine the memory is made of. True: huge pages that the kernel
+        puts together; where it refuses, small ones, and `stats` says so. False: small ones.
+        ``"hugetlb"``: the huge pages of 2 MiB that the administrator has set aside
+        (``vm.nr_hugepages``), and no others: pages of the pool are at least that large, and
+        ``reserve`` does not apply. ``"auto"``: those, if as many as the capacity are free now, else
+        as True. Once they are chosen, whatever others take of them is missing here.
+    numa_node
+        On a host: the NUMA node that all of the memory comes from. Default: the kernel's choice,
+        which is the node of the thread that needs it.
     reserve
         Memory of the device to leave to others. Default: 5% of a host's, and at least 256 MiB; on a
         GPU 256 MiB.
@@ -58,12 +67,12 @@ class Pool:
     Raises
     ------
     InvalidArgument
-        A size that cannot be, or a capacity larger than the machine; no such device.
+        A size that cannot be, or a capacity larger than the machine; no such device or NUMA node.
     OutOfMemory
         ``preallocate`` asks for more than is free.
     CapacityError, DriverError
-        A limit of the machine (such as RLIMIT_FSIZE), or the kernel or the GPU's driver, refuses;
-        there is no driver, or it is too old.
+        A limit of the machine (such as RLIMIT_FSIZE, or fewer hugetlb pages than the capacity), or
+        the kernel or the GPU's driver, refuses; there is no driver, or it is too old.
 
     Notes
     -----
@@ -80,7 +89,8 @@ class Pool:
         preallocate: int | str = 0,
         background: bool | None = None,
         ready: int | str | None = None,
-        huge_pages: bool = True,
+        huge_pages: bool | str = True,
+        numa_node: int | None = None,
         reserve: int | str | None = None,
         peers: Items[int] = (),
         shareable: bool = False,
@@ -93,6 +103,8 @@ class Pool:
         held_back = 0 if reserve is None else size_bytes(reserve, "reserve", 1)
         kept_ready = n_bytes // READY_ONE_IN if ready is None else size_bytes(ready, "ready")
         ahead = size_bytes(preallocate, "preallocate")
+        pages = _huge_pages(huge_pages)
+        self._numa_node = None if numa_node is None else integer(numa_node, "numa_node", 0)
         self._lock = threading.Lock()  # guards _store
         self._store: _native.PoolHandle | None
         if ordinal is None:
@@ -101,9 +113,13 @@ class Pool:
                     'peers and shareable are for GPUs; leave them out with device="cpu"'
                 )
             self._store = _native.make_host_pool(
-                n_bytes, page, frame, bool(huge_pages), held_back, kept_ready
+                n_bytes, page, frame, pages, self._numa_node, held_back, kept_ready
             )
         else:
+            if pages in HUGETLB or numa_node is not None:
+                raise InvalidArgument(
+                    "hugetlb pages and numa_node are for a host's memory; leave them out on a GPU"
+                )
             others = [integer(peer, "a peer", 0) for peer in peers]
             self._store = _native.make_cuda_pool(
                 ordinal, n_bytes, page, frame, others, bool(shareable), held_back, kept_ready
@@ -150,6 +166,8 @@ class Pool:
             huge_bytes=f["huge_bytes"],
             small_bytes=f["small_bytes"],
             huge_refusal=f["huge_refusal"],
+            hugetlb_bytes=f["hugetlb_bytes"],
+            numa_node=self._numa_node,
             n_failures=f["n_failures"],
             n_mappings=f["n_mappings"],
             calls=call_counts(f),
@@ -180,6 +198,15 @@ class Pool:
             f"{size_text(s.free_bytes)} free, {size_text(s.fresh_bytes)} not created, "
             f"pages of {size_text(self.page_size)}>"
         )
+
+
+def _huge_pages(value: bool | str) -> str:
+    """Return what the native call has for it."""
+    if isinstance(value, str) and value in HUGETLB:
+        return value
+    if isinstance(value, str):
+        raise InvalidArgument(f'huge_pages must be True, False, "hugetlb" or "auto", not {value!r}')
+    return "transparent" if value else "none"
 
 
 def _cuda_ordinal(device: str | torch.device) -> int | None:

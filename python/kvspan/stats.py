@@ -62,7 +62,9 @@ class PoolStats:
     ``in_use`` frames are referenced by a cache; ``free`` ones were created and are unused;
     ``fresh`` is what the capacity still allows to create. The three add up to the capacity.
     ``huge`` and ``small`` say how the physical memory lies in pages of the machine, and
-    ``huge_refusal`` why the latest that is not huge is not. ``n_mappings`` counts the frames that
+    ``huge_refusal`` why the latest that is not huge is not; ``hugetlb`` is what of ``huge`` lies in
+    pages that the administrator has set aside, and ``numa_node`` the node that all of it comes from,
+    if the pool was given one. ``n_mappings`` counts the frames that
     are mapped, each as often as it is mapped: a CUDA context takes about half a million.
     """
 
@@ -73,6 +75,8 @@ class PoolStats:
     huge_bytes: int
     small_bytes: int
     huge_refusal: str
+    hugetlb_bytes: int
+    numa_node: int | None
     n_failures: int
     n_mappings: int
     calls: Mapping[str, CallCount]

@@ -88,6 +88,7 @@ struct HugePages {
   Bytes huge;           // physical memory of frames that lies in huge pages
   Bytes small;          // and that does not
   std::string refusal;  // why the last frame that is not huge is not; empty when all are
+  Bytes hugetlb{};      // of `huge`, in pages that the administrator of a host has set aside
 };
 
 // A frame as another process can have it: the descriptor keeps its memory, and whoever has got one

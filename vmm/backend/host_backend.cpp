@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,11 +14,10 @@
 #include <vector>
 
 #include "backend/host_fork.hpp"
-#include "backend/host_huge.hpp"
+#include "backend/host_frame_file.hpp"
 #include "backend/host_imports.hpp"
 #include "backend/host_internal.hpp"
 #include "backend/host_mappings.hpp"
-#include "backend/host_memory.hpp"
 #include "core/errors.hpp"
 #include "core/sizes.hpp"
 
@@ -28,12 +28,9 @@ namespace {
 constexpr Bytes kLeastPage = kKiB * 64;
 constexpr Bytes kLargestPage = kMiB * 64;
 constexpr Bytes kReservationAlignment = kMiB * 2;
-// A signal makes shmem undo a whole fallocate. In pieces, a timer that fires every few milliseconds
-// (a profiler's) costs a piece and not the run.
-constexpr Bytes kAllocationPiece = kMiB * 8;
 constexpr Bytes kLongMapping = kMiB * 64;
 
-void check(const HostOptions& o, Bytes machine) {
+void check(const HostOptions& o) {
   const Bytes os_page(static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE)));
   if (!is_power_of_two(o.page_size) || o.page_size < kLeastPage || o.page_size > kLargestPage ||
       o.page_size.value % os_page.value != 0) {
@@ -44,10 +41,6 @@ void check(const HostOptions& o, Bytes machine) {
   if (o.capacity == Bytes(0) || o.capacity.value % o.page_size.value != 0) {
     throw InvalidArgument("capacity is a positive multiple of the page size (" +
                           to_string(o.page_size) + "), not " + to_string(o.capacity));
-  }
-  if (o.capacity > machine) {
-    throw InvalidArgument("capacity is " + to_string(o.capacity) + ", more than the " +
-                          to_string(machine) + " of memory that this process may use");
   }
   if (o.largest_class.value > FrameId::kMaxClass) {
     throw InvalidArgument("largest_class is at most " + std::to_string(FrameId::kMaxClass) +
@@ -65,29 +58,6 @@ int protection_of(Access access) {
       return PROT_READ | PROT_WRITE;
   }
   return PROT_NONE;
-}
-
-// Allocates an extent of a file. False, with errno, may leave a part of it allocated.
-bool allocate(int fd, Bytes offset, Bytes size) noexcept {
-  for (Bytes done{}; done < size;) {
-    const Bytes piece = std::min(kAllocationPiece, size - done);
-    if (fallocate(fd, 0, static_cast<off_t>((offset + done).value),
-                  static_cast<off_t>(piece.value)) == 0) {
-      done += piece;
-    } else if (errno != EINTR) {
-      return false;
-    }
-  }
-  return true;
-}
-
-bool punch(int fd, Bytes offset, Bytes size) noexcept {
-  int result = 0;
-  do {
-    result = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                       static_cast<off_t>(offset.value), static_cast<off_t>(size.value));
-  } while (result != 0 && errno == EINTR);
-  return result == 0;
 }
 
 struct Extent {
@@ -112,7 +82,7 @@ class HostMirror final : public Mirror {
 
 class HostBackend final : public Backend {
  public:
-  HostBackend(const HostOptions& options, std::unique_ptr<MemoryGauge> gauge);
+  HostBackend(const HostOptions& options, const std::string& root);
   ~HostBackend() override;
 
   const Traits& traits() const noexcept override { return traits_; }
@@ -130,10 +100,9 @@ class HostBackend final : public Backend {
   // the child it is leaked: destroying it would meet locks that are held for ever and half-changed
   // containers, and would punch holes into memory that is the parent's.
   struct State {
-    State(const HostOptions& options, std::unique_ptr<MemoryGauge> g);
+    State(const HostOptions& options, const std::string& root);
 
-    std::unique_ptr<MemoryGauge> gauge;
-    Memfd file;
+    const std::unique_ptr<FrameFile> file;
     HostImports imports;
     SpareMappings spare;
     std::atomic<std::uint64_t> huge{0}, small{0};  // bytes of frames; relaxed, only summed
@@ -181,46 +150,35 @@ class HostBackend final : public Backend {
   const std::uint64_t generation_;
   const Bytes capacity_;
   const SizeClass largest_class_;
-  const std::string no_huge_pages_;  // why none are asked for; empty when they are
   Traits traits_;
   std::unique_ptr<State> state_;
 };
 
-std::string why_no_huge_pages(const HostOptions& o) {
-  if (!o.huge_pages) return "huge pages are turned off";
-  if (o.page_size < huge_page_size()) {
-    return "pages of " + to_string(o.page_size) + " are smaller than a huge page of " +
-           to_string(huge_page_size());
-  }
-  return {};
-}
-
 // Frames of each class have a part of the file as large as the capacity, so that frames with
 // adjacent ids are adjacent in it. What has no memory behind it costs nothing.
-HostBackend::State::State(const HostOptions& o, std::unique_ptr<MemoryGauge> g)
-    : gauge(std::move(g)), file(o.capacity * (std::uint64_t{o.largest_class.value} + 1)) {
+HostBackend::State::State(const HostOptions& o, const std::string& root)
+    : file(make_frame_file(o, o.capacity * (std::uint64_t{o.largest_class.value} + 1), root)) {
   const std::uint64_t pages = o.capacity.value / o.page_size.value;
   for (unsigned c = 0; c <= o.largest_class.value; ++c) {
     present.push_back(std::make_unique<bool[]>(pages >> c));
   }
-  if (!why_no_huge_pages(o).empty()) return;
+  if (!file->may_be_huge()) return;
   for (unsigned c = 0; c <= o.largest_class.value; ++c) {
     huge_bytes.push_back(std::make_unique<std::uint64_t[]>(pages >> c));
   }
 }
 
-HostBackend::HostBackend(const HostOptions& o, std::unique_ptr<MemoryGauge> gauge)
+HostBackend::HostBackend(const HostOptions& o, const std::string& root)
     : generation_(host_fork::generation()),
       capacity_(o.capacity),
       largest_class_(o.largest_class),
-      no_huge_pages_(why_no_huge_pages(o)),
       traits_{.device = "cpu",
               .kind = DeviceKind::cpu,
               .ordinal = 0,
               .page_size = o.page_size,
               .preferred_class = SizeClass(0),
               .zero_on_unmapped = true},
-      state_(std::make_unique<State>(o, std::move(gauge))) {}
+      state_(std::make_unique<State>(o, root)) {}
 
 HostBackend::~HostBackend() {
   if (!usable()) static_cast<void>(state_.release());
@@ -236,16 +194,17 @@ void HostBackend::require_usable() const {
 
 MemoryInfo HostBackend::memory_info() const {
   require_usable();
-  return state_->gauge->info();
+  return state_->file->info();
 }
 
 HugePages HostBackend::huge_pages() const {
   require_usable();
   const Bytes huge(state_->huge.load(std::memory_order_relaxed));
   const Bytes small(state_->small.load(std::memory_order_relaxed));
-  if (small == Bytes(0)) return {huge, small, ""};
+  const Bytes hugetlb = state_->file->is_hugetlb() ? huge : Bytes(0);
+  if (small == Bytes(0)) return {huge, small, "", hugetlb};
   std::scoped_lock lock(state_->mutex);
-  return {huge, small, state_->refusal};
+  return {huge, small, state_->refusal, hugetlb};
 }
 
 bool HostBackend::is_run(FrameRun run) const noexcept {
@@ -275,12 +234,12 @@ void HostBackend::for_each_piece(FrameRun run, F f) const {
         ++own.count;
         continue;
       }
-      if (own.count > 0) f(own, state_->file.fd(), extent_of(own).offset, false);
+      if (own.count > 0) f(own, state_->file->fd(), extent_of(own).offset, false);
       f(FrameRun{frame, 1}, import->fd, import->offset, true);
       own = {frame.next(), 0};
     }
   }
-  if (own.count > 0) f(own, state_->file.fd(), extent_of(own).offset, false);
+  if (own.count > 0) f(own, state_->file->fd(), extent_of(own).offset, false);
 }
 
 Unmapped HostBackend::policy_of(VirtualRange range) const {
@@ -353,24 +312,14 @@ void HostBackend::do_create(FrameRun run) {
   require_usable();
   if (!is_run(run)) throw InvalidArgument("create: no such frames in this pool");
   const Extent extent = extent_of(run);
-  const int fd = state_->file.fd();
-  const auto admission = state_->gauge->admit(extent.size);
-
-  HugeAllocation huge{Bytes(0), no_huge_pages_};
-  if (no_huge_pages_.empty()) huge = allocate_huge(fd, extent.offset, extent.size);
-  if (huge.size < extent.size) {
-    if (!allocate(fd, extent.offset + huge.size, extent.size - huge.size)) {
-      const int error_number = errno;
-      if (!punch(fd, extent.offset, extent.size)) report_failure();
-      if (error_number != ENOSPC && error_number != ENOMEM) {
-        throw system_error("fallocate", error_number, "cannot allocate " + to_string(extent.size));
-      }
-      throw OutOfMemory(extent.size, state_->gauge->info().available, Bytes(0),
-                        "the kernel refused the memory: release sequences, trim the pool, or give "
-                        "the process more memory");
-    }
-    set_refusal(huge.refusal);
+  HugeAllocation huge;
+  try {
+    huge = state_->file->allocate(extent.offset, extent.size);
+  } catch (...) {
+    if (!state_->file->punch(extent.offset, extent.size)) report_failure();
+    throw;
   }
+  if (huge.size < extent.size) set_refusal(huge.refusal);
   note_huge(run, huge.size);
   std::fill_n(presence_of(run), run.count, true);
 }
@@ -393,7 +342,7 @@ void HostBackend::do_release(FrameRun run) noexcept {
 void HostBackend::release_own(FrameRun run) noexcept {
   std::fill_n(presence_of(run), run.count, false);
   const Extent extent = extent_of(run);
-  if (!punch(state_->file.fd(), extent.offset, extent.size)) {
+  if (!state_->file->punch(extent.offset, extent.size)) {
     report_failure();  // the frames keep their memory, and the figures say so
     return;
   }
@@ -406,7 +355,7 @@ ExportedFrame HostBackend::do_export_frame(FrameId frame) {
   require_usable();
   if (!is_run({frame, 1})) throw InvalidArgument("export_frame: no such frame in this pool");
   Extent extent = extent_of({frame, 1});
-  int fd = state_->file.fd();
+  int fd = state_->file->fd();
   if (const auto import = state_->imports.find(frame)) {
     fd = import->fd;
     extent.offset = import->offset;
@@ -426,6 +375,13 @@ void HostBackend::do_import_frame(FrameId frame, const ExportedFrame& exported) 
     throw InvalidArgument("a frame of " + to_string(extent.size) + " cannot be imported from " +
                           to_string(exported.size) + " at offset " + to_string(exported.offset) +
                           ": both pools need the same page_size, and frames of one class");
+  }
+  struct statfs status{};
+  const bool is_known = fstatfs(exported.fd, &status) == 0;
+  if (is_known && traits_.page_size.value % static_cast<std::uint64_t>(status.f_bsize) != 0) {
+    throw InvalidArgument("the frame lies in huge pages of " +
+                          to_string(Bytes(static_cast<std::uint64_t>(status.f_bsize))) +
+                          ", which cannot be mapped in pages of " + to_string(traits_.page_size));
   }
   if (*presence_of({frame, 1})) {
     throw InvalidArgument("a frame that is present already cannot be imported");
@@ -501,9 +457,8 @@ void HostBackend::do_wait(Fence) {}
 }  // namespace
 
 std::unique_ptr<Backend> make_host_backend(const HostOptions& options, const std::string& root) {
-  auto gauge = std::make_unique<MemoryGauge>(options.reserve, root);
-  check(options, gauge->info().total);
-  return std::make_unique<HostBackend>(options, std::move(gauge));
+  check(options);
+  return std::make_unique<HostBackend>(options, root);
 }
 
 std::unique_ptr<Backend> make_host_backend(const HostOptions& options) {

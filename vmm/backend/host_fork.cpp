@@ -93,13 +93,14 @@ void forget_range(void* base) noexcept {
   std::erase_if(r.ranges, [&](const Range& range) { return range.base == base; });
 }
 
-int open_memfd(const char* name) {
+int open_memfd(const char* name, unsigned flags) {
   install_handlers();
   Registry& r = registry();
   std::scoped_lock lock(r.mutex);
   r.fds.reserve(r.fds.size() + 1);  // so that nothing throws once the descriptor is there
-  int fd = memfd_create(name, MFD_CLOEXEC | MFD_NOEXEC_SEAL);
-  if (fd < 0 && errno == EINVAL) fd = memfd_create(name, MFD_CLOEXEC);  // before Linux 6.3
+  flags |= MFD_CLOEXEC;
+  int fd = memfd_create(name, flags | MFD_NOEXEC_SEAL);
+  if (fd < 0 && errno == EINVAL) fd = memfd_create(name, flags);  // before Linux 6.3
   if (fd >= 0) r.fds.push_back(fd);
   return fd;
 }

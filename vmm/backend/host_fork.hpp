@@ -33,7 +33,7 @@ void forget_range(void* base) noexcept;
 
 // memfd_create of a descriptor that children do not keep, or -1 with errno; and its close. All
 // happen under the registry's mutex: a fork sees the descriptor registered or not at all.
-int open_memfd(const char* name);
+int open_memfd(const char* name, unsigned flags);
 int duplicate_memfd(int fd);  // of somebody else's
 void close_memfd(int fd) noexcept;
 

@@ -49,14 +49,14 @@ std::optional<Bytes> soft_limit(decltype(RLIMIT_AS) which) {
 
 }  // namespace
 
-Memfd::Memfd(Bytes size) : fd_(-1) {
+Memfd::Memfd(Bytes size, unsigned flags) : fd_(-1) {
   // Asked first: growing a file past RLIMIT_FSIZE does not fail, it kills the process by SIGXFSZ.
   if (const auto limit = soft_limit(RLIMIT_FSIZE); limit && *limit < size) {
     throw CapacityError("RLIMIT_FSIZE limits files of this process to " + to_string(*limit) +
                         ", and the pool's memory is a file in memory of nominally " +
                         to_string(size) + "; raise it (ulimit -f unlimited)");
   }
-  fd_ = host_fork::open_memfd("kvspan");
+  fd_ = host_fork::open_memfd("kvspan", flags);
   if (fd_ < 0 && (errno == EMFILE || errno == ENFILE)) {
     throw CapacityError(
         std::string("no file descriptor is left for the pool's memory: ") +

@@ -17,8 +17,9 @@ inline void* pointer(Address a) { return reinterpret_cast<void*>(a.value); }
 // A memfd of `size` bytes without memory behind them. Children of fork(2) do not keep it.
 class Memfd {
  public:
-  // Throws CapacityError when RLIMIT_FSIZE or the descriptors do not allow it, DriverError else.
-  explicit Memfd(Bytes size);
+  // `flags` of memfd_create. Throws CapacityError when RLIMIT_FSIZE or the descriptors do not allow
+  // it, DriverError else.
+  Memfd(Bytes size, unsigned flags);
   Memfd(const Memfd&) = delete;
   Memfd& operator=(const Memfd&) = delete;
   ~Memfd();

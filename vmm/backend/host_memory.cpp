@@ -95,8 +95,8 @@ Bytes default_reserve(Bytes total) {
 
 }  // namespace
 
-MemoryReader::MemoryReader(std::string root)
-    : root_(std::move(root)), cgroups_(find_cgroups(root_)) {}
+MemoryReader::MemoryReader(std::string root, std::optional<NumaNode> node)
+    : root_(std::move(root)), node_(node), cgroups_(find_cgroups(root_)) {}
 
 std::vector<MemoryReader::Cgroup> MemoryReader::find_cgroups(const std::string& root) {
   const auto mountinfo = read_file(root + "/proc/self/mountinfo");
@@ -134,6 +134,7 @@ MemoryReading MemoryReader::read() const {
     throw system_error("read", text ? EINVAL : ENOENT, path + " does not tell the memory's size");
   }
   MemoryReading reading{kKiB * *total, kKiB * *available, "/proc/meminfo"};
+  if (node_) take_node_in(reading);
 
   for (const Cgroup& c : cgroups_) {
     const auto limit =
@@ -158,8 +159,27 @@ MemoryReading MemoryReader::read() const {
   return reading;
 }
 
-MemoryGauge::MemoryGauge(Bytes reserve, std::string root)
-    : reader_(std::move(root)), reserve_(reserve) {
+void MemoryReader::take_node_in(MemoryReading& reading) const {
+  const std::string number = std::to_string(node_->value);
+  const std::string path = "/sys/devices/system/node/node" + number + "/meminfo";
+  const auto text = read_file(root_ + path);
+  if (!text) return;  // no such node: whoever binds memory to it is told
+  const auto figure = [&](const char* name) {
+    return kKiB * number_of(*text, "Node " + number + " " + name + ":").value_or(0);
+  };
+  // The kernel gives no MemAvailable of a node. For the machine it counts what caches hold but for
+  // a part, which is half of it at most.
+  const Bytes cached = figure("Active(file)") + figure("Inactive(file)") + figure("SReclaimable");
+  const Bytes available = figure("MemFree") + Bytes(cached.value / 2);
+  reading.total = std::min(reading.total, figure("MemTotal"));
+  if (available < reading.available) {
+    reading.available = available;
+    reading.limited_by = path;
+  }
+}
+
+MemoryGauge::MemoryGauge(Bytes reserve, std::string root, std::optional<NumaNode> node)
+    : reader_(std::move(root), node), reserve_(reserve) {
   if (reserve_ == Bytes(0)) reserve_ = default_reserve(reader_.read().total);
 }
 

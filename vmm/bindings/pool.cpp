@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include <bit>
+#include <optional>
 #include <string>
 
 #include "backend/cuda_backend.hpp"
@@ -39,15 +40,24 @@ SizeClass class_of(std::uint64_t frame_size, std::uint64_t page_size) {
 }
 
 std::shared_ptr<FrameStore> make_host_pool(std::uint64_t capacity, std::uint64_t page_size,
-                                           std::uint64_t max_frame_size, bool huge_pages,
+                                           std::uint64_t max_frame_size,
+                                           const std::string& huge_pages,
+                                           std::optional<std::uint32_t> numa_node,
                                            std::uint64_t reserve, std::uint64_t ready) {
+  Hugetlb hugetlb = Hugetlb::never;
+  if (huge_pages == "hugetlb") hugetlb = Hugetlb::always;
+  if (huge_pages == "auto") hugetlb = Hugetlb::if_free;
   // Without a wish, as large as the backend has use for; on the host that is one page.
   const SizeClass largest =
       max_frame_size == 0 ? SizeClass(0) : class_of(max_frame_size, page_size);
+  std::optional<NumaNode> node;
+  if (numa_node) node = NumaNode(*numa_node);
   return std::make_shared<FrameStore>(make_host_backend({.page_size = Bytes(page_size),
                                                          .capacity = Bytes(capacity),
                                                          .largest_class = largest,
-                                                         .huge_pages = huge_pages,
+                                                         .huge_pages = huge_pages != "none",
+                                                         .hugetlb = hugetlb,
+                                                         .numa_node = node,
                                                          .reserve = Bytes(reserve)}),
                                       Bytes(capacity), largest, Bytes(ready));
 }
@@ -100,6 +110,7 @@ Figures figures(FrameStore& store) {
   d["huge_bytes"] = huge.huge.value;
   d["small_bytes"] = huge.small.value;
   d["huge_refusal"] = huge.refusal;
+  d["hugetlb_bytes"] = huge.hugetlb.value;
   d["n_failures"] = store.backend().failure_count();
   d["n_mappings"] = store.backend().mappings();
   d["calls"] = calls_dict(store.backend().calls());
@@ -140,8 +151,8 @@ void bind_pool(py::module_& m) {
           },
           Release());
   m.def("make_host_pool", &make_host_pool, py::arg("capacity"), py::arg("page_size"),
-        py::arg("max_frame_size"), py::arg("huge_pages"), py::arg("reserve"), py::arg("ready"),
-        Release());
+        py::arg("max_frame_size"), py::arg("huge_pages"), py::arg("numa_node"), py::arg("reserve"),
+        py::arg("ready"), Release());
   m.def("make_cuda_pool", &make_cuda_pool, py::arg("ordinal"), py::arg("capacity"),
         py::arg("page_size"), py::arg("max_frame_size"), py::arg("peers"), py::arg("shareable"),
         py::arg("reserve"), py::arg("ready"), Release());

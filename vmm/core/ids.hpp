@@ -55,6 +55,9 @@ using Tokens = Quantity<struct TokensTag, std::int64_t>;
 // A sequence's place in the batch dimension of a cache.
 using SlotId = Id<struct SlotTag, std::int32_t>;
 
+// A node of the host's memory (NUMA), as the kernel numbers them.
+using NumaNode = Id<struct NumaNodeTag, std::uint32_t>;
+
 // An address on the device (on the host: in this process).
 using Address = Id<struct AddressTag, std::uintptr_t>;
 

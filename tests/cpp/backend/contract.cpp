@@ -523,6 +523,7 @@ bool add_contract(const ContractSubject& subject) {
   namespace ut = boost::unit_test;
   ut::test_suite* const suite =
       new ut::test_suite("contract/" + subject.name, __FILE__, std::size_t{__LINE__});
+  suite->add_precondition(subject.precondition);
   subjects().push_back(subject);
   for (const ContractTest& test : kTests) {
     const auto body = [subject, test] {

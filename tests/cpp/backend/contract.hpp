@@ -22,6 +22,9 @@ struct ContractSubject {
     return *reinterpret_cast<const volatile std::uint8_t*>(at.value);
   };
   std::function<void()> after = [] {};  // each test, when its backends are gone
+  // Whether the machine has what it takes; if not, the suite is skipped.
+  std::function<boost::test_tools::assertion_result(boost::unit_test::test_unit_id)> precondition =
+      [](boost::unit_test::test_unit_id) { return true; };
 
   std::unique_ptr<Backend> make_with(std::uint32_t pages) const {
     return make(page_size, page_size * pages);

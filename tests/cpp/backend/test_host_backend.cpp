@@ -15,6 +15,7 @@
 #include "backend/child.hpp"
 #include "backend/contract.hpp"
 #include "backend/host_backend.hpp"
+#include "backend/smaps.hpp"
 #include "core/errors.hpp"
 #include "core/sizes.hpp"
 
@@ -65,19 +66,6 @@ long minor_faults() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
   return usage.ru_minflt;
-}
-
-// The kernel's figure `key` for the mapping that starts at `at`, in bytes.
-std::uint64_t smaps(Address at, const std::string& key) {
-  std::ifstream file("/proc/self/smaps");
-  std::ostringstream start;
-  start << std::hex << at.value << '-';
-  bool here = false;
-  for (std::string line; std::getline(file, line);) {
-    if (line.starts_with(start.str())) here = true;
-    if (here && line.starts_with(key)) return std::stoull(line.substr(key.size() + 1)) * 1024;
-  }
-  return 0;
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "backend/child.hpp"
+#include "backend/host_hugetlb.hpp"
 #include "backend/host_internal.hpp"
 #include "backend/host_memory.hpp"
 #include "core/errors.hpp"
@@ -140,6 +141,72 @@ BOOST_AUTO_TEST_CASE(cgroups_of_v1_limit) {
   BOOST_TEST(is(read(t), kGiB * 8, kGiB * 5));
   group("/x", number(kGiB * 2), kGiB);
   BOOST_TEST(is(read(t), kGiB * 2, kGiB + kMiB));
+}
+
+BOOST_AUTO_TEST_CASE(a_node_of_the_machine_limits) {
+  Tree t;
+  t.meminfo(kGiB * 8, kGiB * 5);
+  const std::string path = "/sys/devices/system/node/node1/meminfo";
+  t.write(path,
+          "Node 1 MemTotal:       4194304 kB\nNode 1 MemFree:        1048576 kB\n"
+          "Node 1 Active(file):    524288 kB\nNode 1 Inactive(file):  262144 kB\n"
+          "Node 1 SReclaimable:    262144 kB\n");
+  const MemoryReading of_node = MemoryReader(t.root(), NumaNode(1)).read();
+  BOOST_TEST(is(of_node, kGiB * 4, kGiB + kMiB * 512));
+  BOOST_TEST(of_node.limited_by == path);
+  BOOST_TEST(is(read(t), kGiB * 8, kGiB * 5));
+  t.meminfo(kGiB * 8, kMiB * 100);
+  BOOST_TEST(is(MemoryReader(t.root(), NumaNode(1)).read(), kGiB * 4, kMiB * 100));
+}
+
+BOOST_AUTO_TEST_CASE(what_is_set_aside_of_huge_pages) {
+  Tree t;
+  const HugetlbReserve machine({}, t.root()), node(NumaNode(2), t.root());
+  const auto is_of = [](const HugetlbReserve& r, unsigned total, unsigned available) {
+    const auto now = r.read();
+    return now.total == kMiB * (2 * total) && now.available == kMiB * (2 * available);
+  };
+  BOOST_TEST(is_of(machine, 0, 0));
+  const auto write = [&](const std::string& of, const std::string& name, int n) {
+    t.write("/sys/" + of + "/hugepages/hugepages-2048kB/" + name, std::to_string(n) + "\n");
+  };
+  write("kernel/mm", "nr_hugepages", 100);
+  write("kernel/mm", "free_hugepages", 30);
+  BOOST_TEST(is_of(machine, 100, 30));
+  write("kernel/mm", "resv_hugepages", 10);  // promised to mappings that have not been touched
+  BOOST_TEST(is_of(machine, 100, 20));
+  write("kernel/mm", "nr_overcommit_hugepages", 16);
+  write("kernel/mm", "surplus_hugepages", 4);  // 12 more may come
+  BOOST_TEST(is_of(machine, 112, 32));
+  write("devices/system/node/node2", "nr_hugepages", 7);
+  write("devices/system/node/node2", "free_hugepages", 5);
+  BOOST_TEST(is_of(node, 7, 5));
+  BOOST_TEST(machine.how_to_raise(kMiB * 5) ==
+             "raise vm.nr_hugepages (sysctl -w vm.nr_hugepages=3)");
+  BOOST_TEST(node.how_to_raise(kMiB * 2).find("echo 1 > /sys/devices/system/node/node2/hugepages"
+                                              "/hugepages-2048kB/nr_hugepages") !=
+             std::string::npos);
+}
+
+BOOST_AUTO_TEST_CASE(huge_pages_that_are_not_free_are_not_chosen) {
+  Tree t;
+  t.meminfo(kGiB * 8, kGiB * 5);
+  const std::string folder = "/sys/kernel/mm/hugepages/hugepages-2048kB/";
+  t.write(folder + "nr_hugepages", "100\n").write(folder + "free_hugepages", "15\n");
+  HostOptions o;
+  o.page_size = kMiB * 2;
+  o.capacity = kMiB * 32;
+  o.hugetlb = Hugetlb::if_free;
+  const auto b = make_host_backend(o, t.root());
+  BOOST_TEST(b->memory_info().total.value == (kGiB * 8).value);
+  b->create({FrameId(SizeClass(0), 0), 1});
+  BOOST_TEST(b->huge_pages().hugetlb.value == 0u);
+  t.write(folder + "free_hugepages", "16\n");
+  const auto enough = make_host_backend(o, t.root());
+  BOOST_TEST(enough->memory_info().total.value == (kMiB * 200).value);
+  BOOST_TEST(enough->memory_info().available.value == (kMiB * 32).value);
+  o.page_size = kKiB * 64;
+  BOOST_TEST(make_host_backend(o, t.root())->memory_info().total.value == (kGiB * 8).value);
 }
 
 BOOST_AUTO_TEST_CASE(some_memory_is_left_to_others) {
