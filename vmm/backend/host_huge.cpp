@@ -1,6 +1,5 @@
 #include "backend/host_huge.hpp"
 
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -10,6 +9,9 @@
 #include "backend/host_files.hpp"
 #include "core/sizes.hpp"
 
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22  // glibc 2.35
+#endif
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25  // glibc 2.37
 #endif
@@ -19,8 +21,8 @@ namespace kvspan {
 namespace {
 
 // A view of a file's extent at an address aligned to a huge page, for MADV_COLLAPSE to look
-// through. It cannot be touched and is not inherited: a fork in the meantime hands no child a
-// shared mapping.
+// through. It can be read only once it is not inherited: a fork in the meantime hands no child a
+// mapping of the frames.
 class Window {
  public:
   Window(int fd, Bytes offset, Bytes size) : size_(size.value + huge_page_size().value) {
@@ -32,8 +34,9 @@ class Window {
              static_cast<off_t>(offset.value)) == MAP_FAILED) {
       return;
     }
-    madvise(at, size.value, MADV_DONTFORK);
-    base_ = static_cast<char*>(at);
+    if (madvise(at, size.value, MADV_DONTFORK) == 0 && mprotect(at, size.value, PROT_READ) == 0) {
+      base_ = static_cast<char*>(at);
+    }
   }
   Window(const Window&) = delete;
   Window& operator=(const Window&) = delete;
@@ -74,17 +77,15 @@ HugeAllocation allocate_huge(int fd, Bytes offset, Bytes size) {
   if (window.base() == nullptr) {
     return {Bytes(0), "no mapping to collapse through: " + std::generic_category().message(errno)};
   }
-  const auto seed_size = static_cast<off_t>(sysconf(_SC_PAGESIZE));
+  const auto seed_size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   for (Bytes done{}; done < size; done += huge_page_size()) {
+    char* const at = window.base() + done.value;
     // One small page is enough to collapse; the kernel clears the rest, which is quicker than
-    // allocating all of it in small pages and copying.
-    int result = 0;
-    do {
-      result = fallocate(fd, 0, static_cast<off_t>((offset + done).value), seed_size);
-    } while (result != 0 && errno == EINTR);
+    // allocating all of it in small pages and copying. Linux 6.1 wants the page mapped as well.
+    int result = madvise(at, seed_size, MADV_POPULATE_READ);
     // EAGAIN and EBUSY are the kernel's "just now not": a page that another core has yet to let go.
     for (int attempt = 0; result == 0 && attempt < 3; ++attempt) {
-      result = madvise(window.base() + done.value, huge_page_size().value, MADV_COLLAPSE);
+      result = madvise(at, huge_page_size().value, MADV_COLLAPSE);
       if (result == 0 || (errno != EAGAIN && errno != EBUSY)) break;
       result = attempt < 2 ? 0 : result;
     }
