@@ -46,11 +46,13 @@ SMOLLM2 = Shape("SmolLM2-135M fp32", 30, 3, 3, 64, torch.float32)
 LLAMA = Shape("8 layers of Llama-3-8B bf16", 8, 8, 4, 128, torch.bfloat16, rows=8, tokens=1024)
 
 
-def span_layers(shape: Shape, layers_per_page: int | str) -> tuple[kvspan.KVCache, Layers]:
+def span_layers(
+    shape: Shape, layers_per_page: int | str, huge_pages: bool | str = True
+) -> tuple[kvspan.KVCache, Layers]:
     """Make a cache with all rows at full length, and show it."""
     # At most one page partly filled for each row and layer.
     capacity = (-(-shape.bytes_read // HUGE_PAGE) + shape.rows * shape.n_layers) * HUGE_PAGE
-    pool = kvspan.Pool(capacity=capacity)
+    pool = kvspan.Pool(capacity=capacity, huge_pages=huge_pages)
     cache = kvspan.KVCache(
         pool,
         shape.n_layers,
@@ -64,7 +66,7 @@ def span_layers(shape: Shape, layers_per_page: int | str) -> tuple[kvspan.KVCach
     batch = cache.batch(shape.rows)
     batch.step(shape.tokens)
     batches.append(batch)
-    if pool.stats().small_bytes:
+    if huge_pages and pool.stats().small_bytes:
         raise BenchError(f"the kernel refuses huge pages: {pool.stats().huge_refusal}")
     return cache, [(k, v) for k, v in (batch.layer(i) for i in range(shape.n_layers))]
 
