@@ -21,6 +21,10 @@ class Limits:
         Of the machine.
     cgroup_limit : int or None
         The tightest memory limit among this process's cgroups.
+    hugetlb, hugetlb_free : int
+        Huge pages of 2 MiB that the administrator has set aside, and those that nobody has taken.
+    numa_nodes : str
+        The nodes that have memory, as the kernel writes lists: ``"0-1"``; empty without NUMA.
     """
 
     max_map_count: int | None
@@ -30,6 +34,9 @@ class Limits:
     memory_total: int
     memory_available: int
     cgroup_limit: int | None
+    hugetlb: int
+    hugetlb_free: int
+    numa_nodes: str
 
 
 def read_limits() -> Limits:
@@ -50,6 +57,9 @@ def read_limits() -> Limits:
         memory_total=memory.get("MemTotal", 0),
         memory_available=memory.get("MemAvailable", 0),
         cgroup_limit=_cgroup_limit(),
+        hugetlb=_hugetlb("nr_hugepages"),
+        hugetlb_free=_hugetlb("free_hugepages"),
+        numa_nodes=_read("/sys/devices/system/node/has_memory"),
     )
 
 
@@ -63,6 +73,10 @@ def _read(path: str | Path) -> str:
 def _rlimit(which: int) -> int | None:
     soft, _ = resource.getrlimit(which)
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _hugetlb(name: str) -> int:
+    return int(_read(f"/sys/kernel/mm/hugepages/hugepages-2048kB/{name}") or 0) << 21
 
 
 def _meminfo() -> dict[str, int]:

@@ -229,12 +229,17 @@ def format_report(report: Report) -> str:
         lines.append(
             f"  huge pages     {_size(host.huge_bytes)} of {_size(host.tried_bytes)} tried{refusal}"
         )
+    lines.append(
+        f"  hugetlb        {_size(limits.hugetlb)} set aside in pages of 2 MiB, "
+        f"{_size(limits.hugetlb_free)} free"
+    )
     switches = ", ".join(f"{name} {value}" for name, value in report.transparent_hugepage.items())
     lines += [
         f"  kernel's THP   {switches or 'not there'}",
         f"memory           {_size(limits.memory_total)}, of it available "
         f"{_size(limits.memory_available)}",
         f"  cgroup limit   {_limit(limits.cgroup_limit)}",
+        f"  NUMA nodes     {limits.numa_nodes or 'not there'}",
         "limits",
         f"  vm.max_map_count  {limits.max_map_count or 'unknown'}",
         f"  RLIMIT_AS         {_limit(limits.address_space)}",

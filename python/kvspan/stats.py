@@ -63,9 +63,9 @@ class PoolStats:
     ``fresh`` is what the capacity still allows to create. The three add up to the capacity.
     ``huge`` and ``small`` say how the physical memory lies in pages of the machine, and
     ``huge_refusal`` why the latest that is not huge is not; ``hugetlb`` is what of ``huge`` lies in
-    pages that the administrator has set aside, and ``numa_node`` the node that all of it comes from,
-    if the pool was given one. ``n_mappings`` counts the frames that
-    are mapped, each as often as it is mapped: a CUDA context takes about half a million.
+    pages that the administrator has set aside. All of it comes from ``numa_node``, if the pool was
+    given one. ``n_mappings`` counts the frames that are mapped, each as often as it is mapped: a
+    CUDA context takes about half a million.
     """
 
     capacity_bytes: int

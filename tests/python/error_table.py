@@ -63,6 +63,13 @@ POOLS: list[Case] = [
         OutOfMemory,
         f"{pages(1)} asked, 0 B free, ...100 TiB of which are kept for others (`reserve`): release",
     ),
+    (
+        "Pool(huge_pages='huge')",
+        InvalidArgument,
+        'huge_pages must be True, False, "hugetlb" or "auto", not \'huge\'',
+    ),
+    ("Pool(numa_node=-1)", InvalidArgument, "numa_node must be between 0 and 2147483647, not -1"),
+    ("Pool(numa_node='0')", InvalidArgument, "numa_node must be an integer, not '0'"),
     ("Pool(reserve='all')", InvalidArgument, f"reserve {NO_SIZE}'all'"),
     ("Pool('tpu')", InvalidArgument, 'device must be "cpu", "cuda" or "cuda:N", not \'tpu\''),
     ("pool.preallocate(0.5)", InvalidArgument, f"n_bytes {NO_SIZE}0.5"),
@@ -282,6 +289,22 @@ OF_A_HOST: list[Case] = [
     ),
     ("Pool(peers=[1])", InvalidArgument, "peers and shareable are for GPUs; leave them out with"),
     (
+        "Pool(huge_pages='hugetlb', page_size='2MiB', capacity='1000TiB')",
+        CapacityError,
+        "1000 TiB and the machine has set aside ...B of huge pages of 2 MiB: raise vm.nr_hugepages",
+    ),
+    (
+        "Pool(huge_pages='hugetlb', page_size='1MiB')",
+        InvalidArgument,
+        "pages of 1 MiB cannot be mapped out of huge pages of 2 MiB: take a page_size of at least",
+    ),
+    (
+        "Pool(huge_pages='hugetlb', page_size='2MiB', reserve='1MiB')",
+        InvalidArgument,
+        "reserve leaves ordinary memory to others, and hugetlb pages are none: leave it out",
+    ),
+    ("Pool(numa_node=1000)", InvalidArgument, "numa_node 1000 has no memory that this process may"),
+    (
         "a.extend(1, stream=5)",
         InvalidArgument,
         "the host has no streams; leave stream out, instead",
@@ -298,6 +321,17 @@ OF_A_GPU: list[Case] = [
         "Pool(capacity='400TiB')",
         InvalidArgument,
         f"capacity is 400 TiB, more than the ...iB of memory that {DEVICE} has",
+    ),
+    ("Pool(huge_pages='hugetlb')", InvalidArgument, "hugetlb pages and numa_node are for a host's"),
+    (
+        "Pool(huge_pages='auto')",
+        InvalidArgument,
+        "hugetlb pages and numa_node are for a host's mem",
+    ),
+    (
+        "Pool(numa_node=0)",
+        InvalidArgument,
+        "hugetlb pages and numa_node are for a host's memory; l",
     ),
     ("Pool(peers=[0])", InvalidArgument, "cuda:0 cannot be a peer of cuda:0: peers are other dev"),
     (

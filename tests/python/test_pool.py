@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +114,80 @@ def test_huge_pages_are_counted_and_refusals_explained() -> None:
     small = run(page_size="1MiB")
     assert small.huge_bytes == 0
     assert small.huge_refusal == "pages of 1 MiB are smaller than a huge page of 2 MiB"
+
+
+def free_hugetlb_bytes() -> int:
+    path = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    return int(path.read_text()) << 21 if path.exists() else 0
+
+
+@only_on_the_host("hugetlb pages are the kernel's")
+@pytest.mark.skipif(
+    free_hugetlb_bytes() < 32 << 20, reason="vm.nr_hugepages gives fewer than 16 free pages"
+)
+@pytest.mark.parametrize("huge_pages", ["hugetlb", "auto"])
+def test_hugetlb_pages_are_taken_and_running_out_is_an_answer(huge_pages: str) -> None:
+    free = free_hugetlb_bytes()
+    pool = kvspan.Pool(
+        capacity=free, page_size="2MiB", huge_pages=huge_pages, preallocate=free - (8 << 20)
+    )
+    stats = pool.stats()
+    assert stats.hugetlb_bytes == stats.huge_bytes == free - (8 << 20)
+    assert (stats.small_bytes, stats.huge_refusal) == (0, "")
+    late = kvspan.Pool(capacity="12MiB", page_size="2MiB", huge_pages="hugetlb")
+    cache = kvspan.KVCache(late, 1, 1, 1024, max_seqs=2, max_seq_len=1 << 12)  # 512 a page
+    first, second = cache.sequence(), cache.sequence()
+    first.extend(4 * 512)
+    first.layer(0)[0].fill_(3)
+    with pytest.raises(kvspan.OutOfMemory, match=r"raise vm\.nr_hugepages \(sysctl -w") as caught:
+        second.extend(2 * 512)
+    assert caught.value.requested >= 2 << 20
+    assert (first.layer(0)[0] == 3).all()
+    pool.trim()
+    second.extend(2 * 512)
+    assert late.stats().hugetlb_bytes == late.stats().in_use_bytes
+
+
+@only_on_the_host("hugetlb pages are the kernel's")
+def test_without_enough_hugetlb_pages_auto_takes_others() -> None:
+    pool = kvspan.Pool(
+        capacity=free_hugetlb_bytes() + (2 << 20), page_size="2MiB", huge_pages="auto"
+    )
+    pool.preallocate("2MiB")
+    assert pool.stats().hugetlb_bytes == 0
+    assert kvspan.Pool(capacity="1MiB", page_size="64KiB", huge_pages="auto", preallocate="64KiB")
+
+
+@only_on_the_host("a device has its own memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/numa_maps").exists(), reason="the kernel was built without NUMA"
+)
+def test_frames_come_from_the_node_that_was_asked_for() -> None:
+    with pytest.raises(kvspan.InvalidArgument, match="there are: ") as caught:
+        kvspan.Pool(numa_node=1000)
+    node = int(str(caught.value).rpartition(": ")[2].split(", ")[-1])  # the last one there is
+    pool = kvspan.Pool(capacity=8 * PAGE, page_size=PAGE, numa_node=node)
+    assert pool.stats().numa_node == node
+    assert kvspan.Pool(capacity=PAGE, page_size=PAGE).stats().numa_node is None
+    sequence = cache_of(pool).sequence()
+    sequence.extend(3 * TOKENS)
+    maps = Path("/proc/self/numa_maps").read_text().splitlines()
+    ours = [line.split() for line in maps if "memfd:kvspan" in line]
+    assert ours
+    for words in ours:
+        assert words[1] == f"bind:{node}"
+        assert [w.partition("=")[0] for w in words if re.match(r"N\d+=", w)] == [f"N{node}"]
+
+
+@only_on_the_host("huge pages are the kernel's")
+def test_the_background_makes_huge_frames_before_they_are_needed() -> None:
+    with kvspan.Pool(capacity="64MiB", page_size="2MiB", background=True, ready="8MiB") as pool:
+        until = time.monotonic() + 10
+        while pool.stats().free_bytes < 8 << 20 and time.monotonic() < until:
+            time.sleep(0.01)
+        stats = pool.stats()
+        assert stats.free_bytes == 8 << 20
+        assert stats.huge_bytes == 8 << 20 or stats.huge_refusal
 
 
 def test_repr_and_context_manager() -> None:
