@@ -140,6 +140,10 @@ BOOST_AUTO_TEST_CASE(frames_are_on_their_node, *boost::unit_test::precondition(n
 BOOST_AUTO_TEST_CASE(hugetlb_frames_too, *boost::unit_test::precondition(numa_is_there)) {
   int tried = 0;
   for (const NumaNode node : nodes()) {
+    HostOptions too_many = options(node, Hugetlb::always);
+    too_many.capacity = HugetlbReserve(node, "").read().total + kPage;
+    BOOST_TEST(throws_naming<CapacityError>([&] { make_host_backend(too_many); },
+                                            "raise nr_hugepages of the node"));
     if (HugetlbReserve(node, "").read().available < kPage * 8) continue;
     const Mapped m(options(node, Hugetlb::always));
     BOOST_TEST(all_at(where(m.range), node));
