@@ -72,7 +72,8 @@ class OrdinaryFile final : public FrameFile {
     HugeAllocation huge{Bytes(0), no_huge_pages_};
     if (may_be_huge()) huge = allocate_huge(fd(), offset, size);
     if (huge.size < size && !allocate_all(fd(), offset + huge.size, size - huge.size)) {
-      throw_refused(errno, size, gauge_->info().available,
+      const int error_number = errno;
+      throw_refused(error_number, size, gauge_->info().available,
                     "the kernel refused the memory: release sequences, trim the pool, or give the "
                     "process more memory");
     }
@@ -124,7 +125,7 @@ std::unique_ptr<FrameFile> make_hugetlb_file(const HostOptions& o, Bytes size,
                           "pages of " + to_string(kHugetlbPage) +
                           ": take a page_size of at least that, or leave out hugetlb");
   }
-  if (o.reserve != Bytes(0)) {
+  if (o.hugetlb == Hugetlb::always && o.reserve != Bytes(0)) {
     throw InvalidArgument(
         "reserve leaves ordinary memory to others, and hugetlb pages are none: leave it out");
   }

@@ -202,6 +202,7 @@ BOOST_AUTO_TEST_CASE(huge_pages_that_are_not_free_are_not_chosen) {
   b->create({FrameId(SizeClass(0), 0), 1});
   BOOST_TEST(b->huge_pages().hugetlb.value == 0u);
   t.write(folder + "free_hugepages", "16\n");
+  o.reserve = kMiB;  // which is for the other case
   const auto enough = make_host_backend(o, t.root());
   BOOST_TEST(enough->memory_info().total.value == (kMiB * 200).value);
   BOOST_TEST(enough->memory_info().available.value == (kMiB * 32).value);
