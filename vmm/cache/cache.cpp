@@ -304,9 +304,9 @@ Pages Cache::reclaim(Pages wanted, Reach reach) noexcept {
   // Free slots first: their pages are a guess at what comes next. Then what live sequences have
   // mapped past their length; one that is in a call right now keeps it.
   while (total < wanted) {
-    const Pages dropped = drop_kept(wanted - total, UINT32_MAX, waits).pages;
-    if (dropped == Pages(0)) break;
-    total += dropped;
+    const Dropped dropped = drop_kept(wanted - total, UINT32_MAX, waits);
+    if (dropped.unmapped == Pages(0)) break;
+    total += dropped.freed;
   }
   if (reach == Reach::kept) return total;
   for (std::size_t i = 0; i < slots_.size() && total < wanted; ++i) {

@@ -156,8 +156,9 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   Pages keep_limit() const;
   void limit_kept() noexcept;
   struct Dropped {
-    SlotId slot;
-    Pages pages;
+    SlotId slot{};
+    Pages unmapped{};
+    Pages freed{};  // of these, what nobody else holds
   };
   Dropped drop_excess(std::uint32_t n_frames) noexcept;
   Dropped drop_kept(Pages wanted, std::uint32_t n_frames, bool waits) noexcept;

@@ -160,8 +160,8 @@ bool Cache::unmap_kept(TimePoint now) noexcept {
   const std::scoped_lock lock(mutex_);
   if (is_closed_) return false;
   const Dropped dropped = drop_excess(kFramesAtOnce);
-  if (dropped.pages == Pages(0)) return false;
-  mapper_log_.note({now, MapperEvent::Kind::unmapped, dropped.slot, dropped.pages});
+  if (dropped.unmapped == Pages(0)) return false;
+  mapper_log_.note({now, MapperEvent::Kind::unmapped, dropped.slot, dropped.unmapped});
   return true;
 }
 

@@ -211,7 +211,7 @@ void Cache::limit_kept() noexcept {
   if (store_->background().is_running()) {
     store_->background().wake();  // the mapper's work
   } else {
-    while (drop_excess(UINT32_MAX).pages > Pages(0)) {
+    while (drop_excess(UINT32_MAX).unmapped > Pages(0)) {
     }
   }
 }
@@ -242,12 +242,12 @@ Cache::Dropped Cache::drop_kept(Pages wanted, std::uint32_t n_frames, bool waits
   if (fullest) {
     const Pages has = slot(*fullest).backed;
     const Tokens keep = has > wanted ? tokens_in(has - wanted) : Tokens(0);
-    drop_tail(*fullest, std::max(keep, tokens_before_last(*fullest, n_frames)));
+    Pages freed = drop_tail(*fullest, std::max(keep, tokens_before_last(*fullest, n_frames)));
     // Where a frame is more than what is wanted, it goes all the same.
     if (slot(*fullest).backed == has && !slot(*fullest).is_retired) {
-      drop_tail(*fullest, tokens_before_last(*fullest, 1));
+      freed = drop_tail(*fullest, tokens_before_last(*fullest, 1));
     }
-    return {*fullest, has - slot(*fullest).backed};
+    return {*fullest, has - slot(*fullest).backed, freed};
   }
   for (int i = 0; i < kMostRefreshes; ++i) {
     const std::optional<SlotId> live = lists_.first_surplus();
@@ -256,7 +256,7 @@ Cache::Dropped Cache::drop_kept(Pages wanted, std::uint32_t n_frames, bool waits
     const Tokens planned = planned_tokens(*slot(*live).live);
     const Pages dropped =
         drop_surplus(*live, std::max(planned, tokens_before_last(*live, n_frames)), waits);
-    if (dropped > Pages(0)) return {*live, dropped};
+    if (dropped > Pages(0)) return {*live, dropped, dropped};
     list(*live);
   }
   return {};
