@@ -1,13 +1,15 @@
 """How much mapped memory is wasted over a real trace, and how often is the driver called?
 
-Every request of the trace is replayed through the real cache, without a model: its prompt is
-extended when it arrives, takes its time (8,000 tokens/s), then a token every 1/30 s through
-`batch.step`, then it is released. Waste is 1 - live token bytes / mapped bytes, time-weighted, all
-terms shown. Beside it, the same requests in blocks of 16 tokens and in slots of the maximal length.
+`bench/cpp/replay` replays every request of the trace in virtual time and without a model: through
+the real cache, over a backend that counts calls instead of making them, and through the policies of
+others as they describe them, all under one scheduler (engine.hpp says which). Driver calls take
+what others measured on GPUs (memory.hpp), so who makes them waits, and a background that is too
+slow is late. None of this is a measurement of a GPU. What is measured is how fast the cache's own
+code is ("pages mapped a second of its own time").
 
-Records and pages are both 32 times smaller than the model's, which leaves all arithmetic of tokens
-and pages as it is and lets 60 GiB be replayed in 2. The first requests are replayed at full size,
-too, and must give the same figures.
+Waste is 1 - live token bytes / mapped bytes, time-weighted, all terms shown. "saturated": 60 GiB,
+and all requests wait from the beginning. "arriving": they come when the trace says, and memory is ample. Calls
+are a GPU's, one for each frame, or a host's ("host"), one for each run of adjacent frames.
 """
 
 from __future__ import annotations
@@ -15,54 +17,25 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
-from dataclasses import dataclass, replace
+import tempfile
 from pathlib import Path
 
-import torch
-
 import kvspan
-from harness import BenchError, Expectation, Result, Series
+from cpp_programs import build, cpp_benchmark
+from harness import BenchError, Expectation, Result
 
 NAME = "replay"
 
 EXCERPT = Path(kvspan.__file__).parent / "data" / "azure_conv_2023_excerpt.csv"
-TICK_S = 1 / 30  # a decode step
-PREFILL_TOKENS_PER_S = 8000
-MAX_LEN = 16384
-MAX_SEQS = 512
-BLOCK = 16
-SHRINK = 32
-PAGE = 2 << 20
-CAPACITY = 60 << 30
-CHECKED_REQUESTS = 24  # replayed at full size, too: 2 GiB
+MODELS = ("Llama-3-8B", "70B/TP8", "Yi-34B/TP2", "Qwen2.5-7B", "MLA")
+OURS = ("auto", "host")
+LAYOUTS = ("per-layer", "split")
+OTHERS = ("slots", "naive", "handle-pool", "kvcached")
+SLOW = ("vattention", "vattention-layers")  # minutes: they preempt most of the time
+HOST_PAGES_KIB = (64, 512)
+FRAMES = (0, 3)  # largest classes, beside the default of 6: 2 MiB, 16 MiB, 128 MiB
 QUICK_REQUESTS = 64
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's cache: layers of K and V, heads x dim of dtype."""
-
-    name: str
-    n_layers: int
-    heads: int
-    dim: int
-    dtype: torch.dtype
-
-    def cache(self, pool: kvspan.Pool, shrink: int) -> kvspan.KVCache:
-        """Make a cache whose records are `shrink` times smaller: one layer with all the bytes."""
-        if shrink == 1:
-            layers = [kvspan.LayerSpec(self.heads, self.dim, self.dtype)] * self.n_layers
-        else:
-            layers = [
-                kvspan.LayerSpec(1, self.n_layers * self.heads * self.dim // shrink, self.dtype)
-            ]
-        return kvspan.KVCache(pool, layers=layers, max_seqs=MAX_SEQS, max_seq_len=MAX_LEN)
-
-
-SHAPES = (
-    Shape("Llama-3-8B", 32, 8, 128, torch.bfloat16),
-    Shape("SmolLM2-135M", 30, 3, 64, torch.float32),
-)
+LONG_PROMPT = 4096  # mean tokens from which a trace is one of long prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a CSV, plain or gzipped, with columns t_s, prompt, output (default: the excerpt of "
         "the Azure conversation trace that comes with kvspan)",
     )
+    parser.add_argument("--full", action="store_true", help="all policies for all models")
     parser.add_argument(
         "--quick", action="store_true", help=f"only the first {QUICK_REQUESTS} requests"
     )
@@ -84,148 +58,100 @@ def read_trace(path: Path) -> list[tuple[float, int, int]]:
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
     rows = csv.DictReader(text.splitlines())
-    return sorted((float(r["t_s"]), int(r["prompt"]), int(r["output"])) for r in rows)
+    requests = sorted((float(r["t_s"]), int(r["prompt"]), int(r["output"])) for r in rows)
+    if not requests:
+        raise BenchError(f"{path} has no requests")
+    return requests
 
 
-@dataclass
-class Sums:
-    """Byte-ticks of each term, and what else is counted."""
-
-    mapped: int = 0
-    used: int = 0
-    partial: int = 0
-    ahead: int = 0
-    kept: int = 0
-    blocks: int = 0
-    slots: int = 0
-    peak: int = 0
-    ticks: int = 0
-    steps: int = 0
-    calls: int = 0
-    handles: int = 0
-    calls_in_steps: int = 0
-    handles_in_steps: int = 0
-    steps_with_calls: int = 0
-
-    def scaled(self, factor: int) -> Sums:
-        """Return the same with bytes so many times larger."""
-        terms = ("mapped", "used", "partial", "ahead", "kept", "blocks", "slots", "peak")
-        return replace(self, **{term: factor * getattr(self, term) for term in terms})
+def cases(full: bool) -> list[tuple[str, str, str, tuple[int, ...]]]:
+    """Return model, policy, how requests come, and the size of pages (KiB) and frames (class)."""
+    found: list[tuple[str, str, str, tuple[int, ...]]] = []
+    for model in MODELS:
+        is_first = model == MODELS[0]
+        found += [(model, memory, "saturated", ()) for memory in ("blocks", *OURS)]
+        found.append((model, "auto", "arriving", ()))
+        if is_first or full:
+            others = (*OTHERS, *LAYOUTS, *(SLOW if full else ()))
+            found += [(model, memory, "saturated", ()) for memory in others]
+            found += [(model, "host", "saturated", (kib,)) for kib in HOST_PAGES_KIB]
+            found += [(model, "auto", "saturated", (2048, largest)) for largest in FRAMES]
+    return found
 
 
-def driver_work(stats: kvspan.CacheStats) -> tuple[int, int]:
-    """Count mappings and unmappings: calls, and the pages (handles) in them."""
-    both = stats.calls["map"], stats.calls["unmap"]
-    return sum(c.calls for c in both), sum(c.handles for c in both)
-
-
-def replay(cache: kvspan.KVCache, requests: list[tuple[float, int, int]]) -> Sums:
-    """Run all requests; advance a tick at a time."""
-    sums = Sums()
-    per_token = cache.bytes_per_token
-    waiting = iter(requests)
-    upcoming = next(waiting, None)
-    starting: dict[int, list[tuple[kvspan.Sequence, int]]] = {}  # by the tick of the first token
-    ending: dict[int, list[kvspan.Sequence]] = {}
-    held: dict[kvspan.Sequence, None] = {}  # all, in order
-    decoding: dict[kvspan.Sequence, None] = {}
-    batch: kvspan.Batch | None = None
-    tick = 0
-    while upcoming is not None or held:
-        for sequence in ending.pop(tick, ()):
-            sequence.release()
-            del held[sequence], decoding[sequence]
-            batch = None
-        while upcoming is not None and upcoming[0] <= tick * TICK_S:
-            _, prompt, output = upcoming
-            upcoming = next(waiting, None)
-            if prompt + output > MAX_LEN:
-                raise BenchError(f"a request of {prompt + output} tokens is longer than {MAX_LEN}")
-            sequence = cache.sequence(prompt)
-            sequence.extend(prompt)
-            held[sequence] = None
-            first = tick + 1 + int(prompt / PREFILL_TOKENS_PER_S / TICK_S)
-            starting.setdefault(first, []).append((sequence, output))
-        for sequence, output in starting.pop(tick, ()):
-            decoding[sequence] = None
-            ending.setdefault(tick + output, []).append(sequence)
-            batch = None
-        before = driver_work(cache.stats())
-        if decoding:
-            if batch is None:
-                batch = cache.batch(list(decoding))
-            batch.step()
-            sums.steps += 1
-        now = cache.stats()
-        sums.calls, sums.handles = driver_work(now)
-        sums.calls_in_steps += sums.calls - before[0]
-        sums.handles_in_steps += sums.handles - before[1]
-        sums.steps_with_calls += sums.calls > before[0]
-        sums.mapped += now.mapped_bytes
-        sums.used += now.used_bytes
-        sums.partial += now.partial_bytes
-        sums.ahead += now.ahead_bytes
-        sums.kept += now.kept_bytes
-        sums.blocks += sum(-(-s.length // BLOCK) for s in held) * BLOCK * per_token
-        sums.slots += len(held) * MAX_LEN * per_token
-        sums.peak = max(sums.peak, now.mapped_bytes)
-        sums.ticks += 1
-        tick += 1
-    return sums
-
-
-def replay_small(shape: Shape, requests: list[tuple[float, int, int]]) -> Sums:
-    """Replay with small records in small pages; return the figures at full size."""
-    pool = kvspan.Pool(capacity=CAPACITY // SHRINK, page_size=PAGE // SHRINK)
-    with pool, shape.cache(pool, SHRINK) as cache:
-        return replay(cache, requests).scaled(SHRINK)
-
-
-def check_small(shape: Shape, requests: list[tuple[float, int, int]]) -> float:
-    """Require that the first requests give the same at full size; return their tokens a page."""
-    requests = requests[:CHECKED_REQUESTS]
-    small = replay_small(shape, requests)
-    with (
-        kvspan.Pool(capacity=small.peak + PAGE, page_size=PAGE) as pool,
-        shape.cache(pool, 1) as cache,
-    ):
-        full = replay(cache, requests)
-        if full != small:
-            raise BenchError(f"{shape.name}: at full size {full}, in small pages {small}")
-        return cache.tokens_per_page[0]
+def label(model: str, memory: str, mode: str, sizes: tuple[int, ...]) -> str:
+    """Name a case."""
+    words = [model, memory]
+    if len(sizes) == 1:
+        words.append(f"pages of {sizes[0]} KiB")
+    if len(sizes) == 2:
+        words.append(f"frames to {sizes[0] << sizes[1] >> 10} MiB")
+    return ", ".join([*words, mode])
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Replay the trace for each model."""
+    """Replay the trace under every policy."""
     requests = read_trace(args.trace)[: QUICK_REQUESTS if args.quick else None]
-    n_tokens = sum(prompt + output for _, prompt, output in requests)
-    result = Result({}, parameters={"trace": args.trace.name, "requests": len(requests)})
-    for shape in SHAPES:
-        tokens_per_page = check_small(shape, requests)
-        sums = replay_small(shape, requests)
-        for name, mapped in (
-            (f"waste, {shape.name}, span", sums.mapped),
-            (f"waste, {shape.name}, block table of {BLOCK}", sums.blocks),
-            (f"waste, {shape.name}, slots of {MAX_LEN}", sums.slots),
-        ):
-            result.measurements[name] = Series((100 * (1 - sums.used / mapped),), unit="%")
-        for term in ("partial", "ahead", "kept"):
-            share = 100 * getattr(sums, term) / sums.mapped
-            result.measurements[f"of it {term}, {shape.name}"] = Series((share,), unit="%")
-        for count in ("calls", "handles"):
-            n, in_steps = getattr(sums, count), getattr(sums, f"{count}_in_steps")
-            for what, value in (
-                ("a request", n / len(requests)),
-                ("a request, in decode steps", in_steps / len(requests)),
-                ("per 1,000 tokens", 1000 * n / n_tokens),
-            ):
-                result.measurements[f"{count} {what}, {shape.name}"] = Series((value,), unit="")
-        result.notes.append(
-            f"{shape.name}: {tokens_per_page:.1f} tokens a page; mean mapped "
-            f"{sums.mapped / sums.ticks / 2**30:.2f} GiB, peak {sums.peak / 2**30:.2f} GiB at full "
-            f"size; {sums.steps_with_calls} of {sums.steps} decode steps called the driver"
-        )
-        waste = result.measurements[f"waste, {shape.name}, span"].median
-        if not args.quick:
-            result.expectations.append(Expectation(f"percent of waste, {shape.name}", waste, 4.0))
+    mean_prompt = sum(prompt for _, prompt, _ in requests) / len(requests)
+    result = Result(
+        {},
+        parameters={
+            "trace": args.trace.name,
+            "requests": len(requests),
+            "mean prompt": round(mean_prompt),
+        },
+    )
+    build("kvspan_bench_replay")
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as trace:
+        trace.writelines(f"{t} {prompt} {output}\n" for t, prompt, output in requests)
+        trace.flush()
+        for case in cases(args.full):
+            model, memory, mode, sizes = case
+            run_of_it = cpp_benchmark(
+                "kvspan_bench_replay", [trace.name, mode, model, memory, *map(str, sizes)]
+            )
+            for name, series in run_of_it.measurements.items():
+                result.measurements[f"{label(*case)}: {name}"] = series
+    if not args.quick:
+        result.expectations = expectations(result, long_prompts=mean_prompt > LONG_PROMPT)
     return result
+
+
+def expectations(result: Result, *, long_prompts: bool) -> list[Expectation]:
+    """Return what the project has promised of a whole trace."""
+
+    def value(model: str, memory: str, mode: str, name: str) -> float:
+        return result.measurements[f"{label(model, memory, mode, ())}: {name}"].median
+
+    found: list[Expectation] = []
+    for model in MODELS:
+        ours = (model, "auto", "saturated")
+        concurrency = [value(model, memory, "saturated", "concurrency") for memory in OURS]
+        blocks = value(model, "blocks", "saturated", "concurrency")
+        found += [
+            Expectation(f"% of waste, {model}", value(*ours, "waste"), 1 if long_prompts else 2),
+            Expectation(
+                f"concurrency over blocks of 16 tokens, {model}",
+                min(concurrency) / blocks, .98, at_least=True,
+            ),
+            *(
+                Expectation(
+                    f"driver calls a request, {memory}, {model}",
+                    value(model, memory, "saturated", "calls a request"),
+                    180 if long_prompts else 14,
+                )
+                for memory in OURS
+            ),
+            Expectation(
+                f"driver calls a request, memory to spare, {model}",
+                value(model, "auto", "arriving", "calls a request"), 1,
+            ),
+            Expectation(
+                f"s of driver in a step, p99.9, {model}", value(*ours, "wait of a step, p99.9"), 0
+            ),
+            Expectation(
+                f"% of the worst second's mapping in the background, {model}",
+                value(*ours, "of it in the background"), 90, at_least=True,
+            ),
+        ]  # fmt: skip
+    return found

@@ -1,15 +1,19 @@
-// Replays a trace from standard input: `kvspan_bench_replay MODEL MEMORY saturated|arriving`.
+// Replays a trace in virtual time: `kvspan_bench_replay TRACE saturated|arriving MODEL MEMORY
+// [PAGE_KIB [LARGEST_CLASS]]`. MEMORY is blocks, slots, naive, handle-pool, vattention,
+// vattention-layers, kvcached; or the real cache: auto, per-layer, split, on a GPU's terms, or
+// host.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <iostream>
+#include <fstream>
 #include <memory>
+#include <string>
 
 #include "core/sizes.hpp"
 #include "replay/block_table.hpp"
 #include "replay/engine.hpp"
 #include "replay/models.hpp"
+#include "replay/peers.hpp"
 #include "replay/span_memory.hpp"
 #include "samples.hpp"
 
@@ -18,83 +22,124 @@ namespace {
 using namespace kvspan;
 using namespace kvspan::bench;
 
-constexpr double kCapacity = 60.0 * (1 << 30);
+constexpr double kCapacity = 60.0 * (1 << 30), kAmple = 16 * kCapacity;
+constexpr std::int32_t kMaxSeqs = 4096;
+constexpr std::uint64_t kPageKib = 2048;
+constexpr std::uint8_t kLargest = 6;  // 128 MiB
 
-double share(const std::vector<double>& sorted, double quantile) {
-  if (sorted.empty()) return 0;
-  const auto i = static_cast<std::size_t>(quantile * static_cast<double>(sorted.size()));
-  return sorted[std::min(i, sorted.size() - 1)];
+Shape shape_of(const Model& model, double capacity) {
+  Shape shape{.n_layers = static_cast<std::int64_t>(model.layers.size()),
+              .n_planes = static_cast<std::int64_t>(model.layers.front().planes.size()),
+              .capacity_bytes = capacity};
+  for (const LayerSpec& layer : model.layers) {
+    for (const PlaneSpec& plane : layer.planes) {
+      shape.token_bytes += 2.0 * static_cast<double>(plane.heads) * static_cast<double>(plane.dim);
+    }
+  }
+  return shape;
+}
+
+std::unique_ptr<Memory> make_memory(const std::string& how, const Model& model, double capacity,
+                                    std::int64_t longest, Bytes page_size, SizeClass largest) {
+  const Shape shape = shape_of(model, capacity);
+  std::int64_t max_seq_len = 1024;
+  while (max_seq_len < longest) max_seq_len *= 2;
+  if (how == "blocks") return std::make_unique<BlockTable>(capacity, shape.token_bytes, 16);
+  if (how == "slots") {
+    return std::make_unique<BlockTable>(capacity, shape.token_bytes, max_seq_len);
+  }
+  if (how == "naive") return std::make_unique<Naive>(shape, false);
+  if (how == "handle-pool") return std::make_unique<Naive>(shape, true);
+  if (how == "vattention") return std::make_unique<VAttention>(shape, kMaxSeqs, true);
+  if (how == "vattention-layers") return std::make_unique<VAttention>(shape, kMaxSeqs, false);
+  if (how == "kvcached") return std::make_unique<Kvcached>(shape);
+  return std::make_unique<SpanMemory>(SpanOptions{
+      .layers = model.layers,
+      .max_seq_len = max_seq_len,
+      .max_seqs = kMaxSeqs,
+      .kind = how == "host" ? DeviceKind::cpu : DeviceKind::cuda,
+      .page_size = page_size,
+      .capacity = Bytes(static_cast<std::uint64_t>(capacity)),
+      .largest = largest,
+      .layers_per_page = how == "per-layer" || how == "split" ? 1 : 0,
+      .split_planes = how == "split",
+  });
+}
+
+double quantile(std::vector<double>& values, double q) {
+  if (values.empty()) return 0;
+  std::ranges::sort(values);
+  const auto i = static_cast<std::size_t>(q * static_cast<double>(values.size()));
+  return values[std::min(i, values.size() - 1)];
+}
+
+void print(ReplayResult& r, double took) {
+  const double n = static_cast<double>(r.n_requests);
+  DriverWork all = r.in_calls;
+  all += r.in_background;
+  const auto share = [](double part, double whole) { return whole > 0 ? 100 * part / whole : 0; };
+  const auto percent = [&](double bytes) { return share(bytes, r.held.mapped); };
+  print_samples("waste", {percent(r.held.mapped - r.held.used)}, "%");
+  print_samples("of it partial", {percent(r.held.partial)}, "%");
+  print_samples("of it ahead", {percent(r.held.ahead)}, "%");
+  print_samples("of it kept", {percent(r.held.kept)}, "%");
+  print_samples("concurrency", {r.weighted_s > 0 ? r.concurrency / r.weighted_s : 0}, "");
+  print_samples("peak concurrency", {r.peak_concurrency}, "");
+  print_samples("preempted", {static_cast<double>(r.n_preempted)}, "");
+  constexpr const char* names[] = {"create", "map", "set_access", "unmap", "release"};
+  for (std::size_t i = 0; i < DriverWork::kNames; ++i) {
+    print_samples(std::string("calls a request: ") + names[i],
+                  {static_cast<double>(all.calls[i]) / n}, "");
+  }
+  print_samples("calls a request", {static_cast<double>(all.all_calls()) / n}, "");
+  print_samples("driver time a request", {all.seconds / n}, "s");
+  print_samples("pages mapped a request", {all.pages_mapped / n}, "");
+  const auto n_late = std::ranges::count_if(r.step_stalls, [](double s) { return s > 0; });
+  print_samples("steps that called the driver",
+                {share(static_cast<double>(n_late), static_cast<double>(r.step_stalls.size()))},
+                "%");
+  for (const auto& [name, stalls] :
+       {std::pair("step", &r.step_stalls), std::pair("piece of a prompt", &r.piece_stalls)}) {
+    for (const auto& [label, q] : {std::pair("p50", .5), std::pair("p99", .99),
+                                   std::pair("p99.9", .999), std::pair("max", 1.0)}) {
+      print_samples(std::string("wait of a ") + name + ", " + label, {quantile(*stalls, q)}, "s");
+    }
+  }
+  print_samples("driver time in the background", {share(r.in_background.seconds, all.seconds)},
+                "%");
+  print_samples("pages of the worst second", {r.worst_pages}, "");
+  print_samples("driver time of the worst second", {r.worst_seconds}, "s");
+  print_samples("of it in the background",
+                {share(r.worst_seconds - r.worst_seconds_in_calls, r.worst_seconds)}, "%");
+  const double virtual_s = static_cast<double>(r.n_ticks) * kTick;
+  print_samples("calls a second", {static_cast<double>(all.all_calls()) / virtual_s}, "");
+  print_samples("pages mapped a second", {all.pages_mapped / virtual_s}, "");
+  print_samples("faster than the requests", {virtual_s / took}, "x");
+  print_samples("pages mapped a second of its own time", {all.pages_mapped / took}, "");
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 4) return 2;
   const auto all = models();
-  const auto model = std::ranges::find(all, std::string(argv[1]), &Model::name);
-  if (model == all.end()) return 2;
-  const std::string how = argv[2];
-  const bool saturated = std::strcmp(argv[3], "saturated") == 0;
-  const std::vector<Request> requests = read_trace(std::cin);
+  if (argc < 5) return 2;
+  std::ifstream file(argv[1]);
+  const std::vector<Request> requests = read_trace(file);
+  const bool saturated = argv[2] == std::string("saturated");
+  const auto model = std::ranges::find(all, std::string(argv[3]), &Model::name);
+  if (model == all.end() || requests.empty()) {
+    std::fprintf(stderr, "no such model, or no requests in %s\n", argv[1]);
+    return 2;
+  }
+  const auto argument = [&](int i, std::uint64_t otherwise) {
+    return argc > i ? std::strtoull(argv[i], nullptr, 10) : otherwise;
+  };
   std::int64_t longest = 0;
   for (const Request& r : requests) longest = std::max(longest, r.prompt + r.output);
-  std::int64_t max_seq_len = 1024;
-  while (max_seq_len < longest) max_seq_len *= 2;
-  double token_bytes = 0;
-  for (const LayerSpec& layer : model->layers) {
-    for (const PlaneSpec& plane : layer.planes) {
-      token_bytes += 2.0 * static_cast<double>(plane.heads) * static_cast<double>(plane.dim);
-    }
-  }
-
-  std::unique_ptr<Memory> memory;
-  const double capacity = saturated ? kCapacity : 16 * kCapacity;
-  if (how == "blocks") {
-    memory = std::make_unique<BlockTable>(capacity, token_bytes, 16);
-  } else if (how == "slots") {
-    memory = std::make_unique<BlockTable>(capacity, token_bytes, max_seq_len);
-  } else {
-    SpanOptions options;
-    options.layers = model->layers;
-    options.max_seq_len = max_seq_len;
-    options.max_seqs = 4096;
-    options.page_size = kKiB * (argc > 5 ? static_cast<std::uint64_t>(std::atoi(argv[5])) : 2048);
-    options.capacity = Bytes(static_cast<std::uint64_t>(capacity));
-    options.largest = SizeClass(argc > 4 ? static_cast<std::uint8_t>(std::atoi(argv[4])) : 6);
-    if (how == "host") options.kind = DeviceKind::cpu;
-    if (how == "per-layer") options.layers_per_page = 1;
-    if (how == "split") options.layers_per_page = 1, options.split_planes = true;
-    memory = std::make_unique<SpanMemory>(options);
-  }
-  ReplayResult r;
-  const double took = timed([&] { r = replay(*memory, requests, saturated); });
-  std::ranges::sort(r.step_stalls);
-  std::ranges::sort(r.piece_stalls);
-  const double n = static_cast<double>(r.n_requests);
-  const double late_steps =
-      static_cast<double>(r.step_stalls.end() - std::ranges::upper_bound(r.step_stalls, 0.0));
-  DriverWork sum = r.in_calls;
-  sum += r.in_background;
-  const auto percent = [&](double part) { return 100 * part / r.held.mapped; };
-  std::printf(
-      "%s %s: waste %.2f%% (partial %.2f ahead %.2f kept %.2f), concurrency %.1f peak %.0f, "
-      "preempted %zu\n"
-      "  calls/request %.1f (create %.2f map %.2f unmap %.2f release %.2f), ms/request %.3f, "
-      "pages/request %.1f\n"
-      "  late steps %.3f%% (%.0f of %zu), step stall us p50 %.0f p99 %.0f p99.9 %.0f max %.0f; "
-      "piece p50 %.0f p99 %.0f max %.0f\n"
-      "  in background: all %.1f%%, worst second %.1f%% of %.0f pages (%.1f ms); took %.1f s\n",
-      argv[1], argv[2], percent(r.held.mapped - r.held.used), percent(r.held.partial),
-      percent(r.held.ahead), percent(r.held.kept), r.concurrency / r.weighted_s, r.peak_concurrency,
-      r.n_preempted, static_cast<double>(sum.all_calls()) / n,
-      static_cast<double>(sum.calls[0]) / n, static_cast<double>(sum.calls[1]) / n,
-      static_cast<double>(sum.calls[3]) / n, static_cast<double>(sum.calls[4]) / n,
-      sum.seconds * 1e3 / n, sum.pages_mapped / n,
-      100 * late_steps / static_cast<double>(r.step_stalls.size()), late_steps,
-      r.step_stalls.size(), 1e6 * share(r.step_stalls, .5), 1e6 * share(r.step_stalls, .99),
-      1e6 * share(r.step_stalls, .999), 1e6 * share(r.step_stalls, 1),
-      1e6 * share(r.piece_stalls, .5), 1e6 * share(r.piece_stalls, .99),
-      1e6 * share(r.piece_stalls, 1), 100 * r.in_background.seconds / sum.seconds,
-      100 * (1 - r.worst_seconds_in_calls / r.worst_seconds), r.worst_pages, 1e3 * r.worst_seconds,
-      took);
+  const auto memory = make_memory(argv[4], *model, saturated ? kCapacity : kAmple, longest,
+                                  kKiB * argument(5, kPageKib),
+                                  SizeClass(static_cast<std::uint8_t>(argument(6, kLargest))));
+  ReplayResult result;
+  const double took = timed([&] { result = replay(*memory, requests, saturated); });
+  print(result, took);
 }

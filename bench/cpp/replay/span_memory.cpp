@@ -68,13 +68,15 @@ void SpanMemory::release(Id id) {
   sequences_.erase(id);
 }
 
-// What decoding sequences have room for is theirs; what those have that wait for their prompt is
-// counted by who adds up the prompts.
+// What a sequence has room for is its own, but for the prompt that it waits for, which is counted
+// by who adds up the prompts.
 double SpanMemory::available_bytes() const {
   std::int64_t tokens = 0;
   for (const auto& [id, sequence] : sequences_) {
-    const SequenceState& s = *sequence->state();
-    tokens += s.length < s.announced ? s.length.load() : s.capacity.load();
+    const std::int64_t length = sequence->state()->length;
+    const std::int64_t announced = sequence->state()->announced;
+    const std::int64_t capacity = sequence->state()->capacity;
+    tokens += length + std::max<std::int64_t>(capacity - std::max(length, announced), 0);
   }
   return static_cast<double>(store_->counts().capacity.value) -
          static_cast<double>(tokens) * bytes_per_token();
