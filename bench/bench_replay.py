@@ -8,8 +8,8 @@ slow is late. None of this is a measurement of a GPU. What is measured is how fa
 code is ("pages mapped a second of its own time").
 
 Waste is 1 - live token bytes / mapped bytes, time-weighted, all terms shown. "saturated": 60 GiB,
-and all requests wait from the beginning. "arriving": they come when the trace says, and memory is ample. Calls
-are a GPU's, one for each frame, or a host's ("host"), one for each run of adjacent frames.
+and all requests wait from the beginning. "arriving": they come when the trace says, and memory is
+ample. Calls are a GPU's, one for each frame, or a host's ("host"), one for each run of frames.
 """
 
 from __future__ import annotations

@@ -137,7 +137,9 @@ def test_slots_are_chosen_by_what_fits(pool: Pool) -> None:
     assert kept_pages(cache) == 0
 
 
-@pytest.mark.parametrize(("keep", "n_pages"), [(0, 0), (3 * PAGE, 3), (16 * PAGE, 16), ("auto", 30)])
+@pytest.mark.parametrize(
+    ("keep", "n_pages"), [(0, 0), (3 * PAGE, 3), (16 * PAGE, 16), ("auto", 30)]
+)
 def test_keep_limits_what_free_slots_hold(pool: Pool, keep: int | str, n_pages: int) -> None:
     cache = cache_of(pool, keep=keep)
     sequences = [cache.sequence() for _ in range(3)]

@@ -25,7 +25,7 @@ using namespace std::chrono_literals;
 
 // How long it may take until a page is mapped: a look at all sequences and the pauses, and then all
 // of them at once. A driver takes some 0.1 ms for a frame (CUDA, 2 to 128 MiB; a host a tenth).
-constexpr auto kLead = 10ms;
+constexpr auto kLead = 8ms;
 constexpr auto kLeadPerSequence = 100us;
 
 // Between two attempts to find memory.

@@ -42,7 +42,7 @@ class Pace {
     if (length < expected && is_prompt(step_)) {
       // The next piece comes when this one is done.
       const auto period = period_ > kUnknown ? period_ : prefill.per_token * last_.value;
-      const bool is_due = now + lead >= *at_ + period * 9 / 10;
+      const bool is_due = now + lead >= *at_ + period * 14 / 15;
       return is_due ? std::min(step_, expected - length) : Tokens(0);
     }
     if (length == Tokens(0)) return Tokens(0);  // a prompt will come, and nobody knows how long

@@ -79,9 +79,9 @@ BOOST_AUTO_TEST_CASE(a_prompt_that_was_announced_comes_piece_by_piece) {
   BOOST_TEST(w.grow(0) == 2048);
   BOOST_TEST(w.grow_after(5ms, 1500) == 1500);  // nobody knows when the next piece comes
   BOOST_TEST(w.grow_after(100ms, 1500) == 0);
-  BOOST_TEST(w.look_after(79ms) == 0);
+  BOOST_TEST(w.look_after(83ms) == 0);
   BOOST_TEST(w.look_after(2ms) == 1500);
-  BOOST_TEST(w.grow_after(19ms, 1500) == 0);
+  BOOST_TEST(w.grow_after(15ms, 1500) == 0);
   BOOST_TEST(w.look_after(90ms) == 500);     // no more than there is
   BOOST_TEST(w.grow_after(10ms, 500) == 8);  // and now it decodes
 }
