@@ -184,7 +184,9 @@ class KVCache:
         Parameters
         ----------
         n_tokens
-            How long it is likely to get: the free slot whose pages fit best is taken. Only a hint.
+            How long its prompt is: the free slot whose pages fit best is taken, and the background
+            maps the missing ones piece by piece, before `Sequence.extend` asks for them. Only a
+            hint; 0 when it is not known.
         token_ids
             The prompt: ints, or an integer tensor. The sequence begins with the longest part of it
             that sequences of the same salt have committed (`Sequence.commit`), to the token: whole
