@@ -139,10 +139,10 @@ bool FrameStore::try_take(std::span<const Gap> gaps, std::vector<Taken>& out, Br
       const auto cover = [&] {
         for (int c = pool_.largest_class().value; c >= 0 && left > Pages(0); --c) {
           const SizeClass size_class{static_cast<std::uint8_t>(c)};
-          frames.clear();
           take_class(size_class, left.value >> c, frames);
           for (const FrameId frame : frames) out.push_back({frame});
           left -= Pages(static_cast<std::uint32_t>(frames.size() << c));
+          frames.clear();  // from here on they are `out`'s
         }
       };
       cover();
