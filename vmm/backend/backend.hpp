@@ -183,7 +183,8 @@ class Backend {
   void order_after(Stream stream, Fence fence);
   // A stream of the backend's own, for work that no caller orders.
   virtual Stream own_stream() const noexcept { return {}; }
-  // Blocks until the device has done all work of this process. For closing only.
+  // Blocks until the device has done all work of this process. For closing, and for where the
+  // driver gives no fence.
   virtual void finish() noexcept = 0;
 
   // A mirror of `size` bytes, zeroed. Throws OutOfMemory.

@@ -96,7 +96,15 @@ bool Cache::try_grow(std::span<SequenceState* const> states, Tokens n, Stream st
     update_capacity(*state);
     mapper_log_.note({now, MapperEvent::Kind::late, state->slot, slot(state->slot).backed - before,
                       Tokens(room)});
-    if (effort == Effort::spare) note_ahead(*state);
+    if (effort != Effort::spare) continue;
+    note_ahead(*state);
+    // What is left over may be taken back before it is ever used, but not under what fills it.
+    if (!edit.has_queued_work()) continue;
+    try {
+      slot(state->slot).fence = fence_behind(state->slot, stream);
+    } catch (const Error&) {
+      store_->backend().finish();  // the pages are there: that no fence is to be had is no failure
+    }
   }
   return true;
 }

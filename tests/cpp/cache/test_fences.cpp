@@ -115,6 +115,28 @@ BOOST_AUTO_TEST_CASE(a_surplus_stays_mapped_until_the_fence_of_its_truncate) {
   BOOST_TEST(rig.holds(*a, 1, 0, 10));
 }
 
+// A stride's last pages are taken back before anybody used them: not under what zeroes them.
+BOOST_AUTO_TEST_CASE(what_a_stride_has_left_over_stays_until_it_is_zeroed) {
+  Rig rig({.n_pages = 70,
+           .largest_class = 1,
+           .max_seqs = 71,
+           .scrub = Scrub::reuse,
+           .max_seq_len = 5000});
+  {
+    std::vector<std::shared_ptr<Sequence>> all;
+    for (int i = 0; i < 70; ++i) all.push_back(rig.grown(i, 25));  // a page each
+  }
+  rig.cache->trim();
+  const auto a = rig.cache->sequence(Tokens(0));
+  rig.backend->set_manual_fences(true);
+  a->extend(Tokens(1650), {});  // 65 pages, of which two make a stride
+  BOOST_TEST((rig.cache->figures().ahead == kTestPage));
+  BOOST_TEST((rig.cache->reclaim(Pages(100), Reach::idle) == Pages(0)));
+  rig.backend->pass_all();
+  BOOST_TEST((rig.cache->reclaim(Pages(100), Reach::idle) == Pages(1)));
+  BOOST_TEST(rig.backend->violations().empty());
+}
+
 // Pages that a fork left in its slot, because its work was not done when it was released, free no
 // memory when they are unmapped.
 BOOST_AUTO_TEST_CASE(shared_pages_in_free_slots_are_not_taken_for_memory) {
