@@ -15,8 +15,12 @@ constexpr double kReserve = 0.01;
 
 class Engine {
  public:
-  Engine(Memory& memory, std::span<const Request> requests, bool saturated)
-      : memory_(memory), requests_(requests), saturated_(saturated), states_(requests.size()) {
+  Engine(Memory& memory, std::span<const Request> requests, bool saturated, double seconds)
+      : memory_(memory),
+        requests_(requests),
+        saturated_(saturated),
+        seconds_(seconds),
+        states_(requests.size()) {
     capacity_ = memory_.available_bytes();
     for (std::size_t i = 0; i < requests.size(); ++i) {
       states_[i].to_prefill = requests[i].prompt;
@@ -28,9 +32,9 @@ class Engine {
     std::size_t n_arrived = 0;
     std::size_t second = 0;
     DriverWork calls_before{}, background_before{};
-    result_.n_requests = requests_.size();
     while (n_done_ < requests_.size()) {
       const double now = static_cast<double>(result_.n_ticks) * kTick;
+      if (now >= seconds_) break;
       while (n_arrived < requests_.size() &&
              (saturated_ || requests_[n_arrived].arrival_s <= now)) {
         queue_.push_back(n_arrived++);
@@ -43,6 +47,10 @@ class Engine {
       ++result_.n_ticks;
       if (static_cast<std::size_t>(now) != second) {
         second = static_cast<std::size_t>(now);
+        const Held held = memory_.held();
+        if (is_counted() && held.mapped > 0) {
+          result_.waste_over_time.push_back(100 * (held.mapped - held.used) / held.mapped);
+        }
         const DriverWork calls = result_.in_calls - calls_before;
         const DriverWork background = result_.in_background - background_before;
         const double pages = calls.pages_mapped + background.pages_mapped;
@@ -55,6 +63,7 @@ class Engine {
         background_before = result_.in_background;
       }
     }
+    result_.n_requests = n_done_;
     return std::move(result_);
   }
 
@@ -68,10 +77,11 @@ class Engine {
   template <class F>
   bool call(F f, std::vector<double>* stalls) {
     const DriverWork before = memory_.work();
+    const double begin = memory_.clock();
     const bool ok = f();
-    const DriverWork work = memory_.work() - before;
-    result_.in_calls += work;
-    if (stalls != nullptr && is_counted()) stalls->push_back(work.seconds);
+    const double seconds = memory_.clock() - begin;
+    result_.in_calls += memory_.work() - before;
+    if (stalls != nullptr && is_counted()) stalls->push_back(seconds);
     return ok;
   }
 
@@ -203,6 +213,7 @@ class Engine {
   Memory& memory_;
   const std::span<const Request> requests_;
   const bool saturated_;
+  const double seconds_;
   std::vector<State> states_;
   double capacity_ = 0;
   std::deque<std::size_t> queue_;
@@ -213,8 +224,9 @@ class Engine {
 
 }  // namespace
 
-ReplayResult replay(Memory& memory, std::span<const Request> requests, bool saturated) {
-  return Engine(memory, requests, saturated).run();
+ReplayResult replay(Memory& memory, std::span<const Request> requests, bool saturated,
+                    double seconds) {
+  return Engine(memory, requests, saturated, seconds).run();
 }
 
 }  // namespace kvspan::bench

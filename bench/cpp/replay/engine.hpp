@@ -9,6 +9,7 @@
 // been filled for the first time, and ends when no request waits any more.
 #pragma once
 
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -30,12 +31,16 @@ struct ReplayResult {
   Held held;
   double concurrency = 0, weighted_s = 0, peak_concurrency = 0;
   DriverWork in_calls, in_background;
-  // Seconds that the driver took, of each call: of steps, and of pieces of prompts.
+  // Seconds that each call had to wait for the driver, or for the background: of steps, and of
+  // pieces of prompts. In real time, seconds that it took.
   std::vector<double> step_stalls, piece_stalls;
+  std::vector<double> waste_over_time;  // percent, each second
   // Of the second in which most pages were mapped.
   double worst_pages = 0, worst_seconds_in_calls = 0, worst_seconds = 0;
 };
 
-ReplayResult replay(Memory& memory, std::span<const Request> requests, bool saturated);
+// Ends after so many seconds, if not before.
+ReplayResult replay(Memory& memory, std::span<const Request> requests, bool saturated,
+                    double seconds = std::numeric_limits<double>::infinity());
 
 }  // namespace kvspan::bench

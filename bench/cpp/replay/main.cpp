@@ -14,7 +14,7 @@
 #include "replay/engine.hpp"
 #include "replay/models.hpp"
 #include "replay/peers.hpp"
-#include "replay/span_memory.hpp"
+#include "replay/modelled_span.hpp"
 #include "samples.hpp"
 
 namespace {
@@ -53,7 +53,7 @@ std::unique_ptr<Memory> make_memory(const std::string& how, const Model& model, 
   if (how == "vattention") return std::make_unique<VAttention>(shape, kMaxSeqs, true);
   if (how == "vattention-layers") return std::make_unique<VAttention>(shape, kMaxSeqs, false);
   if (how == "kvcached") return std::make_unique<Kvcached>(shape);
-  return std::make_unique<SpanMemory>(SpanOptions{
+  return std::make_unique<ModelledSpan>(SpanOptions{
       .layers = model.layers,
       .max_seq_len = max_seq_len,
       .max_seqs = kMaxSeqs,

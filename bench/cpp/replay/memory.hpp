@@ -1,8 +1,8 @@
 // What an engine's scheduler asks of the memory for KV: one interface for the real cache and for
 // the ways of paging that it is compared with. Requests are named by their number in the trace.
 //
-// Time is virtual: a call of the driver takes what FACTS of drivers say (DriverTimes), and whoever
-// makes it waits for it: the engine, or the background.
+// Time is virtual, unless paced_span.hpp is at work: a call of the driver takes what others measured
+// (DriverTimes), and whoever makes it waits for it: the engine, or the background.
 #pragma once
 
 #include <array>
@@ -84,8 +84,10 @@ class Memory {
 
   // What the background does by itself between two moments, in seconds.
   virtual void run_background(double from, double until) = 0;
-  // All calls so far, of engine and background.
+  // All calls so far, of engine and background: what the background did shows when it was run.
   virtual DriverWork work() const = 0;
+  // Goes on by as many seconds as a call of the engine's lasts.
+  virtual double clock() const { return work().seconds; }
 };
 
 }  // namespace kvspan::bench

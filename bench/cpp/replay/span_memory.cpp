@@ -6,23 +6,9 @@
 
 namespace kvspan::bench {
 
-namespace {
-
-// Between two pieces of the background's work, and between two looks (span/background.cpp).
-constexpr double kBetweenPieces = 100e-6, kLook = 2e-3;
-
-TimePoint at(double seconds) {
-  return TimePoint(
-      std::chrono::duration_cast<TimePoint::duration>(std::chrono::duration<double>(seconds)));
-}
-
-}  // namespace
-
-SpanMemory::SpanMemory(const SpanOptions& o) : kind_(o.kind) {
-  auto backend = std::make_unique<NullBackend>(o.kind, o.page_size);
-  backend_ = backend.get();
-  store_ = std::make_shared<FrameStore>(std::move(backend), o.capacity, o.largest);
-  store_->background().start_without_thread();
+SpanMemory::SpanMemory(const SpanOptions& o, std::unique_ptr<Backend> backend, Stream stream)
+    : stream_(stream),
+      store_(std::make_shared<FrameStore>(std::move(backend), o.capacity, o.largest)) {
   CacheOptions options;
   options.layers = o.layers;
   options.max_seqs = o.max_seqs;
@@ -30,16 +16,17 @@ SpanMemory::SpanMemory(const SpanOptions& o) : kind_(o.kind) {
   options.layers_per_page = o.layers_per_page;
   options.split_planes = o.split_planes;
   options.overread = Tokens(0);
+  if (!store_->backend().traits().zero_on_unmapped) options.unmapped = Unmapped::fault;
   cache_ = Cache::make(store_, options);
 }
 
 void SpanMemory::begin(Id id, std::int64_t prompt) {
-  sequences_[id] = cache_->sequence(Tokens(prompt));
+  sequences_[id] = cache_->sequence(Tokens(prompt), stream_);
 }
 
 bool SpanMemory::extend(Id id, std::int64_t n) {
   try {
-    sequences_.at(id)->extend(Tokens(n), {});
+    sequences_.at(id)->extend(Tokens(n), stream_);
     return true;
   } catch (const OutOfMemory&) {
     return false;
@@ -51,10 +38,10 @@ bool SpanMemory::step(std::span<const Id> ids) {
     batch_ids_.assign(ids.begin(), ids.end());
     std::vector<std::shared_ptr<Sequence>> rows;
     for (const Id id : ids) rows.push_back(sequences_.at(id));
-    batch_ = cache_->batch(std::move(rows));
+    batch_ = cache_->batch(std::move(rows), stream_);
   }
   try {
-    batch_->step(Tokens(1), {});
+    batch_->step(Tokens(1), stream_);
     return true;
   } catch (const OutOfMemory&) {
     return false;
@@ -64,7 +51,7 @@ bool SpanMemory::step(std::span<const Id> ids) {
 void SpanMemory::release(Id id) {
   batch_.reset();
   batch_ids_.clear();
-  sequences_.at(id)->release({});
+  sequences_.at(id)->release(stream_);
   sequences_.erase(id);
 }
 
@@ -90,32 +77,6 @@ Held SpanMemory::held() const {
   const CacheFigures f = cache_->figures();
   const auto bytes = [](Bytes b) { return static_cast<double>(b.value); };
   return {bytes(f.mapped), bytes(f.used), bytes(f.partial), bytes(f.ahead), bytes(f.kept)};
-}
-
-void SpanMemory::run_background(double from, double until) {
-  for (double now = std::max(from, background_until_); now < until;) {
-    const double before = work().seconds;
-    const WorkDone done = store_->background().piece(at(now));
-    now += work().seconds - before + (done.has_more ? kBetweenPieces : kLook);
-    background_until_ = now;
-  }
-}
-
-DriverWork SpanMemory::work() const {
-  constexpr DriverTimes times;
-  const CallCounters& calls = backend_->calls();
-  DriverWork work;
-  const auto add = [&](DriverWork::Name name, Call call, double microseconds) {
-    work.calls[name] = calls.of(call).calls;
-    work.seconds += static_cast<double>(calls.of(call).handles) * microseconds * 1e-6;
-  };
-  add(DriverWork::create, Call::create, times.create);
-  add(DriverWork::map, Call::map, times.map);
-  if (kind_ == DeviceKind::cuda) add(DriverWork::set_access, Call::set_access, times.set_access);
-  add(DriverWork::unmap, Call::unmap, times.unmap);
-  add(DriverWork::release, Call::release, times.release);
-  work.pages_mapped = static_cast<double>(backend_->pages_mapped());
-  return work;
 }
 
 }  // namespace kvspan::bench

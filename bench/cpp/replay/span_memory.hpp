@@ -1,16 +1,14 @@
-// The real cache, over a backend that keeps no memory and makes no calls but counts them as CUDA's
-// does: one for each frame.
+// The real cache, over any backend. How time passes for it, and who plays its background, is told
+// by what is derived from it: modelled_span.hpp, paced_span.hpp.
 #pragma once
 
 #include <memory>
-#include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "cache/batch.hpp"
 #include "cache/cache.hpp"
 #include "cache/sequence.hpp"
-#include "null_backend.hpp"
 #include "replay/memory.hpp"
 
 namespace kvspan::bench {
@@ -26,10 +24,8 @@ struct SpanOptions {
   bool split_planes = false;
 };
 
-class SpanMemory final : public Memory {
+class SpanMemory : public Memory {
  public:
-  explicit SpanMemory(const SpanOptions& options);
-
   void begin(Id id, std::int64_t prompt) override;
   bool extend(Id id, std::int64_t n) override;
   bool step(std::span<const Id> ids) override;
@@ -37,18 +33,21 @@ class SpanMemory final : public Memory {
   double available_bytes() const override;
   double bytes_per_token() const override;
   Held held() const override;
-  void run_background(double from, double until) override;
-  DriverWork work() const override;
+
+ protected:
+  SpanMemory(const SpanOptions& options, std::unique_ptr<Backend> backend, Stream stream = {});
+
+  FrameStore& store() const { return *store_; }
+  const Cache& cache() const { return *cache_; }
+  const SequenceState& state(Id id) const { return *sequences_.at(id)->state(); }
 
  private:
-  const DeviceKind kind_;
-  NullBackend* backend_;
-  std::shared_ptr<FrameStore> store_;
+  const Stream stream_;
+  const std::shared_ptr<FrameStore> store_;
   std::shared_ptr<Cache> cache_;
   std::unordered_map<Id, std::shared_ptr<Sequence>> sequences_;
   std::vector<Id> batch_ids_;
   std::shared_ptr<Batch> batch_;
-  double background_until_ = 0;  // the work it has begun is done
 };
 
 }  // namespace kvspan::bench
