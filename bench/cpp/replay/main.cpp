@@ -1,20 +1,22 @@
 // Replays a trace in virtual time: `kvspan_bench_replay TRACE saturated|arriving MODEL MEMORY
 // [PAGE_KIB [LARGEST_CLASS]]`. MEMORY is blocks, slots, naive, handle-pool, vattention,
 // vattention-layers, kvcached; or the real cache: auto, per-layer, split, on a GPU's terms, or
-// host.
+// host. In real time, at 10 times the speed of the trace (paced_span.hpp): host@10, emulator@10.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "core/sizes.hpp"
 #include "replay/block_table.hpp"
 #include "replay/engine.hpp"
-#include "replay/models.hpp"
-#include "replay/peers.hpp"
 #include "replay/modelled_span.hpp"
+#include "replay/models.hpp"
+#include "replay/paced_span.hpp"
+#include "replay/peers.hpp"
 #include "samples.hpp"
 
 namespace {
@@ -24,6 +26,7 @@ using namespace kvspan::bench;
 
 constexpr double kCapacity = 60.0 * (1 << 30), kAmple = 16 * kCapacity;
 constexpr std::int32_t kMaxSeqs = 4096;
+constexpr double kPacedSeconds = 8;  // of real time
 constexpr std::uint64_t kPageKib = 2048;
 constexpr std::uint8_t kLargest = 6;  // 128 MiB
 
@@ -39,21 +42,9 @@ Shape shape_of(const Model& model, double capacity) {
   return shape;
 }
 
-std::unique_ptr<Memory> make_memory(const std::string& how, const Model& model, double capacity,
-                                    std::int64_t longest, Bytes page_size, SizeClass largest) {
-  const Shape shape = shape_of(model, capacity);
-  std::int64_t max_seq_len = 1024;
-  while (max_seq_len < longest) max_seq_len *= 2;
-  if (how == "blocks") return std::make_unique<BlockTable>(capacity, shape.token_bytes, 16);
-  if (how == "slots") {
-    return std::make_unique<BlockTable>(capacity, shape.token_bytes, max_seq_len);
-  }
-  if (how == "naive") return std::make_unique<Naive>(shape, false);
-  if (how == "handle-pool") return std::make_unique<Naive>(shape, true);
-  if (how == "vattention") return std::make_unique<VAttention>(shape, kMaxSeqs, true);
-  if (how == "vattention-layers") return std::make_unique<VAttention>(shape, kMaxSeqs, false);
-  if (how == "kvcached") return std::make_unique<Kvcached>(shape);
-  return std::make_unique<ModelledSpan>(SpanOptions{
+SpanOptions span_options(const std::string& how, const Model& model, double capacity,
+                         std::int64_t max_seq_len, Bytes page_size, SizeClass largest) {
+  return {
       .layers = model.layers,
       .max_seq_len = max_seq_len,
       .max_seqs = kMaxSeqs,
@@ -63,7 +54,23 @@ std::unique_ptr<Memory> make_memory(const std::string& how, const Model& model, 
       .largest = largest,
       .layers_per_page = how == "per-layer" || how == "split" ? 1 : 0,
       .split_planes = how == "split",
-  });
+  };
+}
+
+std::unique_ptr<Memory> make_memory(const std::string& how, const Model& model,
+                                    const SpanOptions& options) {
+  const auto capacity = static_cast<double>(options.capacity.value);
+  const Shape shape = shape_of(model, capacity);
+  if (how == "blocks") return std::make_unique<BlockTable>(capacity, shape.token_bytes, 16);
+  if (how == "slots") {
+    return std::make_unique<BlockTable>(capacity, shape.token_bytes, options.max_seq_len);
+  }
+  if (how == "naive") return std::make_unique<Naive>(shape, false);
+  if (how == "handle-pool") return std::make_unique<Naive>(shape, true);
+  if (how == "vattention") return std::make_unique<VAttention>(shape, kMaxSeqs, true);
+  if (how == "vattention-layers") return std::make_unique<VAttention>(shape, kMaxSeqs, false);
+  if (how == "kvcached") return std::make_unique<Kvcached>(shape);
+  return std::make_unique<ModelledSpan>(options);
 }
 
 double quantile(std::vector<double>& values, double q) {
@@ -85,6 +92,7 @@ void print(ReplayResult& r, double took) {
   print_samples("of it kept", {percent(r.held.kept)}, "%");
   print_samples("concurrency", {r.weighted_s > 0 ? r.concurrency / r.weighted_s : 0}, "");
   print_samples("peak concurrency", {r.peak_concurrency}, "");
+  print_samples("waste over time", r.waste_over_time, "%");
   print_samples("preempted", {static_cast<double>(r.n_preempted)}, "");
   constexpr const char* names[] = {"create", "map", "set_access", "unmap", "release"};
   for (std::size_t i = 0; i < DriverWork::kNames; ++i) {
@@ -118,6 +126,24 @@ void print(ReplayResult& r, double took) {
   print_samples("pages mapped a second of its own time", {all.pages_mapped / took}, "");
 }
 
+int replay_paced(std::span<const Request> requests, bool saturated, const std::string& how,
+                 const SpanOptions& options, double speed) {
+  std::optional<Emulator> emulator;
+  if (how == "emulator") emulator.emplace("memory_free=1,time=real,memory=64GiB");
+  const auto memory = emulator ? PacedSpan::on_emulator(options, speed, *emulator)
+                               : PacedSpan::on_host(options, speed);
+  ReplayResult result;
+  const double took = timed([&] {
+    result = replay(*memory, requests, saturated, kWarmUp + kPacedSeconds * speed);
+  });
+  print(result, took);
+  const double n_steps = static_cast<double>(memory->n_steps());
+  print_samples("speed", {memory->speed_reached()}, "x");
+  print_samples("steps that began without room",
+                {100 * static_cast<double>(memory->n_late_steps()) / n_steps}, "%");
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -136,9 +162,19 @@ int main(int argc, char** argv) {
   };
   std::int64_t longest = 0;
   for (const Request& r : requests) longest = std::max(longest, r.prompt + r.output);
-  const auto memory = make_memory(argv[4], *model, saturated ? kCapacity : kAmple, longest,
-                                  kKiB * argument(5, kPageKib),
-                                  SizeClass(static_cast<std::uint8_t>(argument(6, kLargest))));
+  std::int64_t max_seq_len = 1024;
+  while (max_seq_len < longest) max_seq_len *= 2;
+  const std::string argument_4 = argv[4];
+  const std::size_t sign = argument_4.find('@');
+  const std::string how = argument_4.substr(0, sign);
+  const SpanOptions options =
+      span_options(how, *model, saturated ? kCapacity : kAmple, max_seq_len, kKiB * argument(5, kPageKib),
+                   SizeClass(static_cast<std::uint8_t>(argument(6, kLargest))));
+  if (sign != std::string::npos) {
+    return replay_paced(requests, saturated, how, options,
+                        std::strtod(argument_4.c_str() + sign + 1, nullptr));
+  }
+  const auto memory = make_memory(how, *model, options);
   ReplayResult result;
   const double took = timed([&] { result = replay(*memory, requests, saturated); });
   print(result, took);

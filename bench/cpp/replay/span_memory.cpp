@@ -6,8 +6,10 @@
 
 namespace kvspan::bench {
 
-SpanMemory::SpanMemory(const SpanOptions& o, std::unique_ptr<Backend> backend, Stream stream)
+SpanMemory::SpanMemory(const SpanOptions& o, std::unique_ptr<Backend> backend, Stream stream,
+                       double shrink)
     : stream_(stream),
+      shrink_(shrink),
       store_(std::make_shared<FrameStore>(std::move(backend), o.capacity, o.largest)) {
   CacheOptions options;
   options.layers = o.layers;
@@ -65,17 +67,17 @@ double SpanMemory::available_bytes() const {
     const std::int64_t capacity = sequence->state()->capacity;
     tokens += length + std::max<std::int64_t>(capacity - std::max(length, announced), 0);
   }
-  return static_cast<double>(store_->counts().capacity.value) -
+  return shrink_ * static_cast<double>(store_->counts().capacity.value) -
          static_cast<double>(tokens) * bytes_per_token();
 }
 
 double SpanMemory::bytes_per_token() const {
-  return static_cast<double>(cache_->space()->layout().bytes_per_token().value);
+  return shrink_ * static_cast<double>(cache_->space()->layout().bytes_per_token().value);
 }
 
 Held SpanMemory::held() const {
   const CacheFigures f = cache_->figures();
-  const auto bytes = [](Bytes b) { return static_cast<double>(b.value); };
+  const auto bytes = [&](Bytes b) { return shrink_ * static_cast<double>(b.value); };
   return {bytes(f.mapped), bytes(f.used), bytes(f.partial), bytes(f.ahead), bytes(f.kept)};
 }
 

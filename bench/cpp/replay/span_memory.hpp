@@ -35,7 +35,9 @@ class SpanMemory : public Memory {
   Held held() const override;
 
  protected:
-  SpanMemory(const SpanOptions& options, std::unique_ptr<Backend> backend, Stream stream = {});
+  // `shrink`: how many times smaller everything is than what the engine sees.
+  SpanMemory(const SpanOptions& options, std::unique_ptr<Backend> backend, Stream stream = {},
+             double shrink = 1);
 
   FrameStore& store() const { return *store_; }
   const Cache& cache() const { return *cache_; }
@@ -43,6 +45,7 @@ class SpanMemory : public Memory {
 
  private:
   const Stream stream_;
+  const double shrink_;
   const std::shared_ptr<FrameStore> store_;
   std::shared_ptr<Cache> cache_;
   std::unordered_map<Id, std::shared_ptr<Sequence>> sequences_;

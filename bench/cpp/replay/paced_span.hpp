@@ -1,0 +1,58 @@
+// The real cache in real time, at so many times the speed of the trace: the engine's calls come
+// when it is time for them, and the pool's own thread works beside them. Over
+//
+//   host      the host backend: real memory, really mapped. Records and pages are 32 times smaller
+//             than the model's (60 GiB in 2), which leaves all arithmetic of tokens and pages.
+//   emulator  the CUDA backend on the driver emulator, without memory, whose calls are made to last
+//             as long as a GPU's (DriverTimes): not a GPU result.
+//
+// A saturated replay is filled up at 20 times the speed, at least.
+#pragma once
+
+#include <chrono>
+#include <memory>
+
+#include "emulator.hpp"
+#include "replay/span_memory.hpp"
+#include "replay/timed_backend.hpp"
+
+namespace kvspan::bench {
+
+class PacedSpan final : public SpanMemory {
+ public:
+  static std::unique_ptr<PacedSpan> on_host(SpanOptions options, double speed);
+  // The emulator must be there first, and stay.
+  static std::unique_ptr<PacedSpan> on_emulator(const SpanOptions& options, double speed,
+                                                const Emulator& emulator);
+
+  bool step(std::span<const Id> ids) override;
+  Held held() const override;
+  void run_background(double from, double until) override;
+  DriverWork work() const override;
+  double clock() const override;
+
+  // How fast it really was, from the end of the fast beginning on.
+  double speed_reached() const;
+  // Steps with a row that had no room when they began: they map, or wait for who does.
+  std::size_t n_steps() const { return n_steps_; }
+  std::size_t n_late_steps() const { return n_late_steps_; }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  PacedSpan(const SpanOptions& options, std::unique_ptr<TimedBackend> backend, Stream stream,
+            double speed, double shrink);
+
+  const TimedBackend& backend_;
+  const double speed_;
+  std::size_t n_steps_ = 0, n_late_steps_ = 0;
+  DriverWork work_of_background_;  // as of the last time that it was let run
+  mutable Held held_;              // as of a moment ago: asking holds up the background
+  mutable Clock::time_point asked_{};
+  Clock::time_point due_ = Clock::now();  // when what has been played so far should have been
+  double played_ = 0;
+  Clock::time_point measured_from_ = due_;  // the end of the fast beginning
+  double measured_at_ = 0;
+};
+
+}  // namespace kvspan::bench
