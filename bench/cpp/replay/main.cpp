@@ -133,14 +133,14 @@ int replay_paced(std::span<const Request> requests, bool saturated, const std::s
   const auto memory = emulator ? PacedSpan::on_emulator(options, speed, *emulator)
                                : PacedSpan::on_host(options, speed);
   ReplayResult result;
-  const double took = timed([&] {
-    result = replay(*memory, requests, saturated, kWarmUp + kPacedSeconds * speed);
-  });
+  const double took = timed(
+      [&] { result = replay(*memory, requests, saturated, kWarmUp + kPacedSeconds * speed); });
   print(result, took);
-  const double n_steps = static_cast<double>(memory->n_steps());
-  print_samples("speed", {memory->speed_reached()}, "x");
-  print_samples("steps that began without room",
-                {100 * static_cast<double>(memory->n_late_steps()) / n_steps}, "%");
+  const PacedSpan::Pace pace = memory->pace();
+  print_samples("speed", {pace.speed}, "x");
+  print_samples("calls a second of real time", {pace.calls_a_second}, "");
+  print_samples("pages mapped a second of real time", {pace.pages_a_second}, "");
+  print_samples("steps that began without room", {100 * pace.late_steps}, "%");
   return 0;
 }
 

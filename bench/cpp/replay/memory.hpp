@@ -1,8 +1,8 @@
 // What an engine's scheduler asks of the memory for KV: one interface for the real cache and for
 // the ways of paging that it is compared with. Requests are named by their number in the trace.
 //
-// Time is virtual, unless paced_span.hpp is at work: a call of the driver takes what others measured
-// (DriverTimes), and whoever makes it waits for it: the engine, or the background.
+// Time is virtual, unless paced_span.hpp is at work: a call of the driver takes what others
+// measured (DriverTimes), and whoever makes it waits for it: the engine, or the background.
 #pragma once
 
 #include <array>

@@ -13,7 +13,6 @@ namespace kvspan::bench {
 namespace {
 
 constexpr std::int32_t kShrink = 32;
-constexpr double kFillingSpeed = 20;
 constexpr auto kBetweenLooks = std::chrono::milliseconds(5);
 
 // All layers' bytes in one that is so much smaller.
@@ -80,17 +79,12 @@ Held PacedSpan::held() const {
 
 void PacedSpan::run_background(double, double until) {
   const bool is_filling = until < kWarmUp;
-  const std::chrono::duration<double> lasts((until - played_) /
-                                            (is_filling ? std::max(speed_, kFillingSpeed) : speed_));
+  const std::chrono::duration<double> lasts((until - played_) / (is_filling ? 1 : speed_));
   due_ += std::chrono::duration_cast<Clock::duration>(lasts);
   played_ = until;
   std::this_thread::sleep_until(due_);
-  if (is_filling) {
-    measured_from_ = due_ = Clock::now();
-    measured_at_ = played_;
-    n_steps_ = n_late_steps_ = 0;
-  }
   work_of_background_ = backend_.work_of_others();
+  if (is_filling) filled_ = {Clock::now(), played_, work(), n_steps_, n_late_steps_};
 }
 
 DriverWork PacedSpan::work() const {
@@ -103,9 +97,14 @@ double PacedSpan::clock() const {
   return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
 }
 
-double PacedSpan::speed_reached() const {
-  const std::chrono::duration<double> took = Clock::now() - measured_from_;
-  return (played_ - measured_at_) / took.count();
+PacedSpan::Pace PacedSpan::pace() const {
+  const std::chrono::duration<double> took = Clock::now() - filled_.at;
+  const DriverWork all = work() - filled_.work;
+  return {.speed = (played_ - filled_.played) / took.count(),
+          .calls_a_second = static_cast<double>(all.all_calls()) / took.count(),
+          .pages_a_second = all.pages_mapped / took.count(),
+          .late_steps = static_cast<double>(n_late_steps_ - filled_.n_late_steps) /
+                        static_cast<double>(n_steps_ - filled_.n_steps)};
 }
 
 }  // namespace kvspan::bench

@@ -6,7 +6,8 @@
 //   emulator  the CUDA backend on the driver emulator, without memory, whose calls are made to last
 //             as long as a GPU's (DriverTimes): not a GPU result.
 //
-// A saturated replay is filled up at 20 times the speed, at least.
+// The first seconds, which do not count where all requests wait from the beginning, pass at the
+// trace's own speed: pages that a background in haste leaves behind would stay for long.
 #pragma once
 
 #include <chrono>
@@ -31,11 +32,12 @@ class PacedSpan final : public SpanMemory {
   DriverWork work() const override;
   double clock() const override;
 
-  // How fast it really was, from the end of the fast beginning on.
-  double speed_reached() const;
-  // Steps with a row that had no room when they began: they map, or wait for who does.
-  std::size_t n_steps() const { return n_steps_; }
-  std::size_t n_late_steps() const { return n_late_steps_; }
+  // Since the first seconds, in real time.
+  struct Pace {
+    double speed, calls_a_second, pages_a_second;
+    double late_steps;  // share with a row that had no room: they map, or wait for who does
+  };
+  Pace pace() const;
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -51,8 +53,12 @@ class PacedSpan final : public SpanMemory {
   mutable Clock::time_point asked_{};
   Clock::time_point due_ = Clock::now();  // when what has been played so far should have been
   double played_ = 0;
-  Clock::time_point measured_from_ = due_;  // the end of the fast beginning
-  double measured_at_ = 0;
+  struct {
+    Clock::time_point at;
+    double played;
+    DriverWork work;
+    std::size_t n_steps, n_late_steps;
+  } filled_{due_, 0, {}, 0, 0};  // when the first seconds were over
 };
 
 }  // namespace kvspan::bench
