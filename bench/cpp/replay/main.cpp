@@ -1,7 +1,8 @@
 // Replays a trace in virtual time: `kvspan_bench_replay TRACE saturated|arriving MODEL MEMORY
 // [PAGE_KIB [LARGEST_CLASS]]`. MEMORY is blocks, slots, naive, handle-pool, vattention,
-// vattention-layers, kvcached; or the real cache: auto, per-layer, split, on a GPU's terms, or
-// host. In real time, at 10 times the speed of the trace (paced_span.hpp): host@10, emulator@10.
+// vattention-sync, vattention-layers, kvcached, kvcached-split; or the real cache: auto, per-layer,
+// split, on a GPU's terms, or host. In real time, at 10 times the speed of the trace
+// (paced_span.hpp): host@10, emulator@10.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -67,9 +68,12 @@ std::unique_ptr<Memory> make_memory(const std::string& how, const Model& model,
   }
   if (how == "naive") return std::make_unique<Naive>(shape, false);
   if (how == "handle-pool") return std::make_unique<Naive>(shape, true);
-  if (how == "vattention") return std::make_unique<VAttention>(shape, kMaxSeqs, true);
-  if (how == "vattention-layers") return std::make_unique<VAttention>(shape, kMaxSeqs, false);
-  if (how == "kvcached") return std::make_unique<Kvcached>(shape);
+  if (how.starts_with("vattention")) {
+    return std::make_unique<VAttention>(shape, how != "vattention-layers",
+                                        how != "vattention-sync");
+  }
+  if (how == "kvcached") return std::make_unique<Kvcached>(shape, true);
+  if (how == "kvcached-split") return std::make_unique<Kvcached>(shape, false);
   return std::make_unique<ModelledSpan>(options);
 }
 
@@ -166,11 +170,12 @@ int main(int argc, char** argv) {
   while (max_seq_len < longest) max_seq_len *= 2;
   const std::string argument_4 = argv[4];
   const std::size_t sign = argument_4.find('@');
+  const bool is_paced = sign != std::string::npos;
   const std::string how = argument_4.substr(0, sign);
-  const SpanOptions options =
-      span_options(how, *model, saturated ? kCapacity : kAmple, max_seq_len, kKiB * argument(5, kPageKib),
-                   SizeClass(static_cast<std::uint8_t>(argument(6, kLargest))));
-  if (sign != std::string::npos) {
+  const SpanOptions options = span_options(
+      how, *model, saturated || is_paced ? kCapacity : kAmple, max_seq_len,
+      kKiB * argument(5, kPageKib), SizeClass(static_cast<std::uint8_t>(argument(6, kLargest))));
+  if (is_paced) {
     return replay_paced(requests, saturated, how, options,
                         std::strtod(argument_4.c_str() + sign + 1, nullptr));
   }

@@ -15,52 +15,52 @@ std::int64_t divided_up(std::int64_t tokens, double tokens_each) {
 
 // ---- vAttention ----
 
-VAttention::VAttention(const Shape& shape, std::int64_t max_seqs, bool megacache)
+VAttention::VAttention(const Shape& shape, bool megacache, bool has_thread)
     : shape_(shape),
+      has_thread_(has_thread),
       pages_a_block_(shape.n_planes * (megacache ? 1 : shape.n_layers)),
       block_tokens_(shape.page_tokens(megacache ? shape.n_layers : 1)),
-      n_free_(static_cast<std::int64_t>(shape.capacity_bytes / Shape::kPage) / pages_a_block_),
-      slots_(static_cast<std::size_t>(max_seqs)) {}
+      n_free_(static_cast<std::int64_t>(shape.capacity_bytes / Shape::kPage) / pages_a_block_) {}
 
 std::int64_t VAttention::blocks_of(std::int64_t tokens) const {
   return divided_up(tokens, block_tokens_);
 }
 
 void VAttention::begin(Id id, std::int64_t prompt) {
-  // The least that holds the prompt, else the most there is.
+  // The first free slot, unless another one that holds the prompt holds less than it.
   const std::int64_t wanted = blocks_of(prompt);
   std::size_t best = slots_.size();
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     if (slots_[i].is_used) continue;
-    if (best == slots_.size()) best = i;
-    const std::int64_t has = slots_[i].blocks, had = slots_[best].blocks;
-    const bool fits_better = has >= wanted && (had < wanted || has < had);
-    if (fits_better || (had < wanted && has > had)) best = i;
+    const bool is_first = best == slots_.size();
+    if (is_first || (slots_[i].blocks >= wanted && slots_[i].blocks < slots_[best].blocks)) {
+      best = i;
+    }
   }
-  slots_.at(best).is_used = true;
-  n_kept_ -= slots_[best].blocks;
-  kept_in_.erase(best);
+  if (best == slots_.size()) slots_.emplace_back();
+  slots_[best].is_used = true;
   slot_of_[id] = best;
 }
 
 bool VAttention::reclaim(std::int64_t blocks) {
-  while (n_free_ < blocks && !kept_in_.empty()) {
-    const std::size_t highest = *kept_in_.rbegin();
-    Slot& slot = slots_[highest];
-    const std::int64_t n = std::min(slot.blocks, blocks - n_free_);
+  for (std::size_t i = slots_.size(); i-- > 0 && n_free_ < blocks;) {
+    const std::int64_t n = slots_[i].blocks - blocks_of(slots_[i].length);
+    if (n <= 0) continue;
     calls_.add(DriverWork::unmap, n * pages_a_block_);
-    slot.blocks -= n;
-    n_kept_ -= n;
+    slots_[i].blocks -= n;
     n_free_ += n;
-    if (slot.blocks == 0) kept_in_.erase(highest);
   }
   return n_free_ >= blocks;
 }
 
+std::int64_t VAttention::missing(const Slot& slot, std::int64_t tokens) const {
+  return std::max<std::int64_t>(blocks_of(tokens) - slot.blocks, 0);
+}
+
 bool VAttention::grow(Slot& slot, std::int64_t tokens) {
-  const std::int64_t n = blocks_of(tokens) - slot.blocks;
-  if (n <= 0) return true;
-  if (!reclaim(n)) return false;
+  const std::int64_t n = missing(slot, tokens);
+  if (n == 0) return true;
+  if (n_free_ < n && !reclaim(n)) return false;
   n_free_ -= n;
   slot.blocks += n;
   calls_.add(DriverWork::map, n * pages_a_block_);
@@ -70,25 +70,56 @@ bool VAttention::grow(Slot& slot, std::int64_t tokens) {
 
 bool VAttention::extend(Id id, std::int64_t n) {
   Slot& slot = slots_[slot_of_.at(id)];
-  if (!grow(slot, slot.length + n)) return false;
   slot.length += n;
-  return true;
+  if (grow(slot, slot.length)) return true;
+  slot.length -= n;
+  return false;
 }
 
 bool VAttention::step(std::span<const Id> ids) {
-  for (const Id id : ids) {
-    Slot& slot = slots_[slot_of_.at(id)];
-    if (!grow(slot, slot.length + 1)) return false;
+  if (thread_until_ > now_) {
+    waited_ += thread_until_ - now_;
+    now_ = thread_until_;
   }
+  // All lengths first, so that nobody's next block is taken for another's.
   for (const Id id : ids) ++slots_[slot_of_.at(id)].length;
+  const bool is_there = std::ranges::all_of(ids, [&](Id id) {
+    Slot& slot = slots_[slot_of_.at(id)];
+    return grow(slot, slot.length);
+  });
+  if (!is_there) {
+    for (const Id id : ids) --slots_[slot_of_.at(id)].length;
+    return false;
+  }
+  is_thread_due_ = has_thread_;
   return true;
 }
 
 void VAttention::run_background(double from, double until) {
-  const double end = calls_.work().seconds + until - from;
-  for (auto& [id, i] : slot_of_) {
-    if (calls_.work().seconds >= end) return;
-    if (slots_[i].length > 0) grow(slots_[i], slots_[i].length + kLookahead);
+  now_ = until;
+  if (!is_thread_due_) return;
+  is_thread_due_ = false;
+  const double before = calls_.work().seconds;
+  look_ahead();
+  thread_until_ = from + calls_.work().seconds - before;
+}
+
+void VAttention::look_ahead() {
+  std::int64_t needed = 0;
+  for (const Slot& slot : slots_) {
+    if (slot.length > 0) needed += missing(slot, slot.length + 1);
+  }
+  if (n_free_ < needed && !reclaim(needed)) return;
+  std::int64_t n_mapped = 0;
+  for (std::int64_t ahead = 1; ahead <= kLookahead; ++ahead) {
+    for (Slot& slot : slots_) {
+      if (slot.length == 0) continue;
+      const std::int64_t n = missing(slot, slot.length + ahead);
+      if (n > n_free_) continue;
+      grow(slot, slot.length + ahead);
+      n_mapped += n;
+      if (ahead > 1 && n_mapped >= kBlocksAhead) return;
+    }
   }
 }
 
@@ -96,68 +127,80 @@ void VAttention::release(Id id) {
   Slot& slot = slots_[slot_of_.at(id)];
   slot.is_used = false;
   slot.length = 0;
-  n_kept_ += slot.blocks;
-  if (slot.blocks > 0) kept_in_.insert(slot_of_.at(id));
   slot_of_.erase(id);
 }
 
 double VAttention::available_bytes() const {
-  std::int64_t blocks = n_free_ + n_kept_;
-  for (const auto& [id, i] : slot_of_) {
-    blocks +=
-        std::max<std::int64_t>(slots_[i].blocks - blocks_of(slots_[i].length + kLookahead), 0);
-  }
+  std::int64_t blocks = n_free_;
+  for (const Slot& slot : slots_) blocks += slot.blocks - blocks_of(slot.length);
   return static_cast<double>(blocks) * block_tokens_ * shape_.token_bytes;
 }
 
 Held VAttention::held() const {
-  const double block_bytes = static_cast<double>(pages_a_block_) * Shape::kPage;
   Held held;
-  held.kept = static_cast<double>(n_kept_) * block_bytes;
-  held.mapped = held.kept;
-  for (const auto& [id, i] : slot_of_) {
-    const double mapped = static_cast<double>(slots_[i].blocks) * block_bytes;
-    const double used = static_cast<double>(slots_[i].length) * shape_.token_bytes;
+  for (const Slot& slot : slots_) {
+    const double mapped =
+        static_cast<double>(slot.blocks) * static_cast<double>(pages_a_block_) * Shape::kPage;
+    const double used = static_cast<double>(slot.length) * shape_.token_bytes;
     held.mapped += mapped;
     held.used += used;
-    held.partial += mapped - used;
+    (slot.is_used ? held.partial : held.kept) += mapped - used;
   }
   return held;
 }
 
 // ---- kvcached ----
 
-Kvcached::Kvcached(const Shape& shape)
+Kvcached::Kvcached(const Shape& shape, bool compound)
     : shape_(shape),
-      handles_(shape.n_layers * shape.n_planes),
+      layers_(shape.n_layers * shape.n_planes),
+      handles_(compound ? 1 : layers_),
       blocks_a_page_(static_cast<std::int64_t>(shape.page_tokens(1)) / kBlock),
-      n_pages_(static_cast<std::int64_t>(shape.capacity_bytes / Shape::kPage) / handles_),
+      n_pages_(static_cast<std::int64_t>(shape.capacity_bytes / Shape::kPage) / layers_),
       used_(static_cast<std::size_t>(n_pages_)) {
   for (std::size_t i = used_.size(); i-- > 0;) unmapped_.push_back(i);
 }
 
 void Kvcached::begin(Id id, std::int64_t) { requests_[id] = {}; }
 
+std::size_t Kvcached::map_page() {
+  const std::size_t page = unmapped_.back();
+  unmapped_.pop_back();
+  ++n_mapped_;
+  calls_.add(DriverWork::unmap, handles_);  // the zero page
+  calls_.add(DriverWork::create, handles_);
+  calls_.add(DriverWork::map, handles_, layers_ / handles_);
+  calls_.add(DriverWork::set_access, handles_);
+  return page;
+}
+
+void Kvcached::unmap_page(std::size_t page) {
+  unmapped_.push_back(page);
+  --n_mapped_;
+  calls_.add(DriverWork::unmap, handles_);
+  calls_.add(DriverWork::map, handles_, 0);  // the zero page
+  calls_.add(DriverWork::set_access, handles_);
+  calls_.add(DriverWork::release, handles_);
+}
+
+std::int64_t Kvcached::free_blocks() const {
+  std::int64_t n = blocks_a_page_ * static_cast<std::int64_t>(reserved_.size() + unmapped_.size());
+  for (const auto& [page, free] : partly_free_) n += free;
+  return n;
+}
+
 bool Kvcached::take_blocks(Request& request, std::int64_t n) {
-  std::int64_t n_free =
-      blocks_a_page_ * static_cast<std::int64_t>(reserved_.size() + unmapped_.size());
-  for (const auto& [page, free] : partly_free_) n_free += free;
-  if (n > n_free) return false;
+  if (n > free_blocks()) return false;
   for (; n > 0; --n) {
     if (partly_free_.empty()) {
       std::size_t page = 0;
-      if (!reserved_.empty()) {
+      if (reserved_.empty()) {
+        page = map_page();
+      } else {
         page = reserved_.back();
         reserved_.pop_back();
-      } else {
-        page = unmapped_.back();
-        unmapped_.pop_back();
-        ++n_mapped_;
-        for (const auto name :
-             {DriverWork::unmap, DriverWork::create, DriverWork::map, DriverWork::set_access}) {
-          calls_.add(name, handles_);
-        }
       }
+      is_thread_due_ = true;
       partly_free_[page] = blocks_a_page_;
     }
     const auto first = partly_free_.begin();
@@ -167,6 +210,18 @@ bool Kvcached::take_blocks(Request& request, std::int64_t n) {
     if (--first->second == 0) partly_free_.erase(first);
   }
   return true;
+}
+
+void Kvcached::run_background(double from, double until) {
+  double now = std::max(from, thread_until_);
+  while (is_thread_due_ && now < until) {
+    is_thread_due_ = static_cast<std::int64_t>(reserved_.size()) < kLeastReserved;
+    if (!is_thread_due_ || unmapped_.empty()) return;
+    const double before = calls_.work().seconds;
+    reserved_.push_back(map_page());
+    now += calls_.work().seconds - before;
+    thread_until_ = now;
+  }
 }
 
 bool Kvcached::extend(Id id, std::int64_t n) {
@@ -182,10 +237,7 @@ bool Kvcached::extend(Id id, std::int64_t n) {
 bool Kvcached::step(std::span<const Id> ids) {
   std::int64_t needed = 0;
   for (const Id id : ids) needed += requests_.at(id).length % kBlock == 0;
-  std::int64_t n_free =
-      blocks_a_page_ * static_cast<std::int64_t>(reserved_.size() + unmapped_.size());
-  for (const auto& [page, free] : partly_free_) n_free += free;
-  if (needed > n_free) return false;
+  if (needed > free_blocks()) return false;
   for (const Id id : ids) extend(id, 1);
   return true;
 }
@@ -198,15 +250,10 @@ void Kvcached::release(Id id) {
       continue;
     }
     partly_free_.erase(page);
-    if (static_cast<std::int64_t>(reserved_.size()) < kReserved) {
+    if (static_cast<std::int64_t>(reserved_.size()) < kMostReserved) {
       reserved_.push_back(page);
-      continue;
-    }
-    unmapped_.push_back(page);
-    --n_mapped_;
-    for (const auto name :
-         {DriverWork::unmap, DriverWork::map, DriverWork::set_access, DriverWork::release}) {
-      calls_.add(name, handles_);
+    } else {
+      unmap_page(page);
     }
   }
   n_tokens_ -= requests_.at(id).length;
@@ -218,7 +265,7 @@ double Kvcached::available_bytes() const {
 }
 
 Held Kvcached::held() const {
-  const double mapped = static_cast<double>(n_mapped_ * handles_) * Shape::kPage;
+  const double mapped = static_cast<double>(n_mapped_ * layers_) * Shape::kPage;
   const double blocks = static_cast<double>(n_blocks_ * kBlock) * shape_.token_bytes;
   const double used = static_cast<double>(n_tokens_) * shape_.token_bytes;
   return {.mapped = mapped, .used = used, .partial = blocks - used, .kept = mapped - blocks};

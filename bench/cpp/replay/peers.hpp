@@ -1,24 +1,25 @@
 // The policies of other systems that page by virtual memory, as they describe them, under the same
 // scheduler and with the same times of driver calls. Nothing of theirs is run here.
 //
-//   VAttention  microsoft/vattention, README and the paper (arXiv 2405.04437): all handles of 2 MiB
-//   are
-//               created at the start; a block is one page of K and one of V, of all layers
+//   VAttention  microsoft/vattention, the paper (arXiv 2405.04437) and its allocator: all handles
+//   of
+//               2 MiB are created at the start; a block is one page of K and one of V, of all
+//               layers
 //               ("megacache") or of each; what a request leaves stays mapped in its slot until
-//               memory is short, and is then taken from the highest slot; a thread beside each step
-//               looks 9 tokens ahead.
-//   Kvcached    ovg-project/kvcached, README: blocks of 16 tokens in pages of 2 MiB a layer, for K
-//   and for
-//               V; a page is made when no block is free and given back when all its blocks are, but
-//               for 10 that are kept; where nothing is, a zero page is mapped.
+//               memory is short, and is then taken whole, slot by slot from the highest. A thread
+//               beside each step maps what the next one needs, and, until that is two blocks, what
+//               the nine after this one do; a step waits for it. Without it, steps map.
+//   Kvcached    ovg-project/kvcached, README and its page allocator: blocks of 16 tokens in pages
+//   of
+//               2 MiB a layer, for K and for V, which are one handle together ("compound") or each
+//               one; a page goes when all its blocks do, but for 10 that are kept; a thread maps
+//               some when fewer than 5 are; where nothing is, a zero page is mapped.
 //   Naive       a page of all layers is created, mapped and granted when it is needed, and goes
-//   when
-//               its request does; with `recycles`, its handle stays.
+//               when its request does; with `recycles`, its handle stays.
 #pragma once
 
 #include <cstdint>
 #include <map>
-#include <set>
 #include <unordered_map>
 #include <vector>
 
@@ -42,12 +43,13 @@ struct Shape {
 // Counts calls, and what they take.
 class CallCounter {
  public:
-  void add(DriverWork::Name name, std::int64_t n) {
+  // Calls about one handle each; pages_each: of 2 MiB.
+  void add(DriverWork::Name name, std::int64_t n, std::int64_t pages_each = 1) {
     constexpr DriverTimes t;
     constexpr double microseconds[] = {t.create, t.map, t.set_access, t.unmap, t.release};
     work_.calls[name] += static_cast<std::uint64_t>(n);
     work_.seconds += static_cast<double>(n) * microseconds[name] * 1e-6;
-    if (name == DriverWork::map) work_.pages_mapped += static_cast<double>(n);
+    if (name == DriverWork::map) work_.pages_mapped += static_cast<double>(n * pages_each);
   }
   const DriverWork& work() const { return work_; }
 
@@ -57,7 +59,47 @@ class CallCounter {
 
 class VAttention final : public Memory {
  public:
-  VAttention(const Shape& shape, std::int64_t max_seqs, bool megacache);
+  VAttention(const Shape& shape, bool megacache, bool has_thread);
+
+  void begin(Id id, std::int64_t prompt) override;
+  bool extend(Id id, std::int64_t n) override;
+  bool step(std::span<const Id> ids) override;
+  void release(Id id) override;
+  double available_bytes() const override;
+  double bytes_per_token() const override { return shape_.token_bytes; }
+  Held held() const override;
+  void run_background(double from, double until) override;
+  DriverWork work() const override { return calls_.work(); }
+  double clock() const override { return calls_.work().seconds + waited_; }
+
+ private:
+  static constexpr std::int64_t kLookahead = 9, kBlocksAhead = 2;
+  struct Slot {
+    std::int64_t length = 0, blocks = 0;
+    bool is_used = false;
+  };
+
+  std::int64_t blocks_of(std::int64_t tokens) const;
+  std::int64_t missing(const Slot& slot, std::int64_t tokens) const;
+  bool grow(Slot& slot, std::int64_t tokens);
+  bool reclaim(std::int64_t blocks);
+  void look_ahead();
+
+  const Shape shape_;
+  const bool has_thread_;
+  const std::int64_t pages_a_block_;
+  const double block_tokens_;
+  std::int64_t n_free_;      // blocks
+  std::vector<Slot> slots_;  // as many as were ever used at once
+  std::unordered_map<Id, std::size_t> slot_of_;
+  CallCounter calls_;
+  bool is_thread_due_ = false;
+  double thread_until_ = 0, now_ = 0, waited_ = 0;
+};
+
+class Kvcached final : public Memory {
+ public:
+  Kvcached(const Shape& shape, bool compound);
 
   void begin(Id id, std::int64_t prompt) override;
   bool extend(Id id, std::int64_t n) override;
@@ -70,50 +112,19 @@ class VAttention final : public Memory {
   DriverWork work() const override { return calls_.work(); }
 
  private:
-  static constexpr std::int64_t kLookahead = 9;
-  struct Slot {
-    std::int64_t length = 0, blocks = 0;
-    bool is_used = false;
-  };
-
-  std::int64_t blocks_of(std::int64_t tokens) const;
-  bool grow(Slot& slot, std::int64_t tokens);
-  bool reclaim(std::int64_t blocks);
-
-  const Shape shape_;
-  const std::int64_t pages_a_block_;
-  const double block_tokens_;
-  std::int64_t n_free_, n_kept_ = 0;  // blocks: of no slot, and of slots without a request
-  std::vector<Slot> slots_;
-  std::set<std::size_t> kept_in_;  // slots without a request that have blocks
-  std::unordered_map<Id, std::size_t> slot_of_;
-  CallCounter calls_;
-};
-
-class Kvcached final : public Memory {
- public:
-  explicit Kvcached(const Shape& shape);
-
-  void begin(Id id, std::int64_t prompt) override;
-  bool extend(Id id, std::int64_t n) override;
-  bool step(std::span<const Id> ids) override;
-  void release(Id id) override;
-  double available_bytes() const override;
-  double bytes_per_token() const override { return shape_.token_bytes; }
-  Held held() const override;
-  void run_background(double, double) override {}
-  DriverWork work() const override { return calls_.work(); }
-
- private:
-  static constexpr std::int64_t kBlock = 16, kReserved = 10;
+  static constexpr std::int64_t kBlock = 16, kLeastReserved = 5, kMostReserved = 10;
   struct Request {
     std::int64_t length = 0;
     std::vector<std::size_t> pages;  // of each of its blocks
   };
 
   bool take_blocks(Request& request, std::int64_t n);
+  std::int64_t free_blocks() const;
+  std::size_t map_page();
+  void unmap_page(std::size_t page);
 
   const Shape shape_;
+  const std::int64_t layers_;   // of a page, K and V apart
   const std::int64_t handles_;  // of a page
   const std::int64_t blocks_a_page_;
   const std::int64_t n_pages_;
@@ -124,6 +135,8 @@ class Kvcached final : public Memory {
   std::vector<std::int64_t> used_;                   // blocks, by page
   std::unordered_map<Id, Request> requests_;
   CallCounter calls_;
+  bool is_thread_due_ = false;
+  double thread_until_ = 0;
 };
 
 class Naive final : public Memory {
