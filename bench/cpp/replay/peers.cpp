@@ -44,7 +44,9 @@ void VAttention::begin(Id id, std::int64_t prompt) {
 
 bool VAttention::reclaim(std::int64_t blocks) {
   for (std::size_t i = slots_.size(); i-- > 0 && n_free_ < blocks;) {
-    const std::int64_t n = slots_[i].blocks - blocks_of(slots_[i].length);
+    // What the next step needs is needed.
+    const std::int64_t needed = slots_[i].is_used ? slots_[i].length + 1 : 0;
+    const std::int64_t n = slots_[i].blocks - blocks_of(needed);
     if (n <= 0) continue;
     calls_.add(DriverWork::unmap, n * pages_a_block_);
     slots_[i].blocks -= n;

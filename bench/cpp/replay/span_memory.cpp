@@ -58,14 +58,17 @@ void SpanMemory::release(Id id) {
 }
 
 // What a sequence has room for is its own, but for the prompt that it waits for, which is counted
-// by who adds up the prompts.
+// by who adds up the prompts, and for what is more than two pages ahead: that can be reclaimed.
 double SpanMemory::available_bytes() const {
+  const auto two_pages = static_cast<std::int64_t>(
+      2 * store_->page_size().value / cache_->space()->layout().bytes_per_token().value);
   std::int64_t tokens = 0;
   for (const auto& [id, sequence] : sequences_) {
     const std::int64_t length = sequence->state()->length;
     const std::int64_t announced = sequence->state()->announced;
     const std::int64_t capacity = sequence->state()->capacity;
-    tokens += length + std::max<std::int64_t>(capacity - std::max(length, announced), 0);
+    const std::int64_t room = capacity - std::max(length, announced);
+    tokens += length + std::clamp<std::int64_t>(room, 0, two_pages);
   }
   return shrink_ * static_cast<double>(store_->counts().capacity.value) -
          static_cast<double>(tokens) * bytes_per_token();
