@@ -134,11 +134,12 @@ int replay_paced(std::span<const Request> requests, bool saturated, const std::s
                  const SpanOptions& options, double speed) {
   std::optional<Emulator> emulator;
   if (how == "emulator") emulator.emplace("memory_free=1,time=real,memory=64GiB");
-  const auto memory = emulator ? PacedSpan::on_emulator(options, speed, *emulator)
-                               : PacedSpan::on_host(options, speed);
+  const double slow_s = saturated ? kWarmUp : 0;
+  const auto memory = emulator ? PacedSpan::on_emulator(options, {speed, slow_s}, *emulator)
+                               : PacedSpan::on_host(options, {speed, slow_s});
   ReplayResult result;
-  const double took = timed(
-      [&] { result = replay(*memory, requests, saturated, kWarmUp + kPacedSeconds * speed); });
+  const double took =
+      timed([&] { result = replay(*memory, requests, saturated, slow_s + kPacedSeconds * speed); });
   print(result, took);
   const PacedSpan::Pace pace = memory->pace();
   print_samples("speed", {pace.speed}, "x");

@@ -28,7 +28,7 @@ std::vector<LayerSpec> shrunk(const std::vector<LayerSpec>& layers) {
 
 }  // namespace
 
-std::unique_ptr<PacedSpan> PacedSpan::on_host(SpanOptions options, double speed) {
+std::unique_ptr<PacedSpan> PacedSpan::on_host(SpanOptions options, Speed speed) {
   options.layers = shrunk(options.layers);
   options.page_size = Bytes(options.page_size.value / kShrink);
   options.capacity = Bytes(options.capacity.value / kShrink);
@@ -40,7 +40,7 @@ std::unique_ptr<PacedSpan> PacedSpan::on_host(SpanOptions options, double speed)
                     speed, kShrink));
 }
 
-std::unique_ptr<PacedSpan> PacedSpan::on_emulator(const SpanOptions& options, double speed,
+std::unique_ptr<PacedSpan> PacedSpan::on_emulator(const SpanOptions& options, Speed speed,
                                                   const Emulator& emulator) {
   auto backend = make_cuda_backend({.page_size = options.page_size,
                                     .capacity = options.capacity,
@@ -52,7 +52,7 @@ std::unique_ptr<PacedSpan> PacedSpan::on_emulator(const SpanOptions& options, do
 }
 
 PacedSpan::PacedSpan(const SpanOptions& options, std::unique_ptr<TimedBackend> backend,
-                     Stream stream, double speed, double shrink)
+                     Stream stream, Speed speed, double shrink)
     : SpanMemory(options, std::move(backend), stream, shrink),
       backend_(static_cast<const TimedBackend&>(store().backend())),
       speed_(speed) {
@@ -78,13 +78,13 @@ Held PacedSpan::held() const {
 }
 
 void PacedSpan::run_background(double, double until) {
-  const bool is_filling = until < kWarmUp;
-  const std::chrono::duration<double> lasts((until - played_) / (is_filling ? 1 : speed_));
+  const bool is_slow = until < speed_.slow_s;
+  const std::chrono::duration<double> lasts((until - played_) / (is_slow ? 1 : speed_.speed));
   due_ += std::chrono::duration_cast<Clock::duration>(lasts);
   played_ = until;
   std::this_thread::sleep_until(due_);
   work_of_background_ = backend_.work_of_others();
-  if (is_filling) filled_ = {Clock::now(), played_, work(), n_steps_, n_late_steps_};
+  if (is_slow) slow_ = {Clock::now(), played_, work(), n_steps_, n_late_steps_};
 }
 
 DriverWork PacedSpan::work() const {
@@ -98,13 +98,13 @@ double PacedSpan::clock() const {
 }
 
 PacedSpan::Pace PacedSpan::pace() const {
-  const std::chrono::duration<double> took = Clock::now() - filled_.at;
-  const DriverWork all = work() - filled_.work;
-  return {.speed = (played_ - filled_.played) / took.count(),
+  const std::chrono::duration<double> took = Clock::now() - slow_.at;
+  const DriverWork all = work() - slow_.work;
+  return {.speed = (played_ - slow_.played) / took.count(),
           .calls_a_second = static_cast<double>(all.all_calls()) / took.count(),
           .pages_a_second = all.pages_mapped / took.count(),
-          .late_steps = static_cast<double>(n_late_steps_ - filled_.n_late_steps) /
-                        static_cast<double>(n_steps_ - filled_.n_steps)};
+          .late_steps = static_cast<double>(n_late_steps_ - slow_.n_late_steps) /
+                        static_cast<double>(n_steps_ - slow_.n_steps)};
 }
 
 }  // namespace kvspan::bench

@@ -6,8 +6,8 @@
 //   emulator  the CUDA backend on the driver emulator, without memory, whose calls are made to last
 //             as long as a GPU's (DriverTimes): not a GPU result.
 //
-// The first seconds, which do not count where all requests wait from the beginning, pass at the
-// trace's own speed: pages that a background in haste leaves behind would stay for long.
+// The first seconds of a saturated replay, which do not count, pass at the trace's own speed: what
+// a background in haste leaves behind would stay for long.
 #pragma once
 
 #include <chrono>
@@ -21,9 +21,14 @@ namespace kvspan::bench {
 
 class PacedSpan final : public SpanMemory {
  public:
-  static std::unique_ptr<PacedSpan> on_host(SpanOptions options, double speed);
+  struct Speed {
+    double speed;
+    double slow_s;  // at first, at the trace's own speed
+  };
+
+  static std::unique_ptr<PacedSpan> on_host(SpanOptions options, Speed speed);
   // The emulator must be there first, and stay.
-  static std::unique_ptr<PacedSpan> on_emulator(const SpanOptions& options, double speed,
+  static std::unique_ptr<PacedSpan> on_emulator(const SpanOptions& options, Speed speed,
                                                 const Emulator& emulator);
 
   bool step(std::span<const Id> ids) override;
@@ -43,10 +48,10 @@ class PacedSpan final : public SpanMemory {
   using Clock = std::chrono::steady_clock;
 
   PacedSpan(const SpanOptions& options, std::unique_ptr<TimedBackend> backend, Stream stream,
-            double speed, double shrink);
+            Speed speed, double shrink);
 
   const TimedBackend& backend_;
-  const double speed_;
+  const Speed speed_;
   std::size_t n_steps_ = 0, n_late_steps_ = 0;
   DriverWork work_of_background_;  // as of the last time that it was let run
   mutable Held held_;              // as of a moment ago: asking holds up the background
@@ -58,7 +63,7 @@ class PacedSpan final : public SpanMemory {
     double played;
     DriverWork work;
     std::size_t n_steps, n_late_steps;
-  } filled_{due_, 0, {}, 0, 0};  // when the first seconds were over
+  } slow_{due_, 0, {}, 0, 0};  // when the first seconds were over
 };
 
 }  // namespace kvspan::bench
