@@ -10,6 +10,11 @@ code is ("pages mapped a second of its own time").
 Waste is 1 - live token bytes / mapped bytes, time-weighted, all terms shown. "saturated": 60 GiB,
 and all requests wait from the beginning. "arriving": they come when the trace says, and memory is
 ample. Calls are a GPU's, one for each frame, or a host's ("host"), one for each run of frames.
+
+"host@10", "emulator@10": the same in real time, ten times as fast as the requests came, the pool's
+own thread beside the engine. On the host with real memory, all 32 times smaller; on the driver
+emulator with calls that last as long as a GPU's. What a step or a piece of a prompt waits is then
+how long its call took.
 """
 
 from __future__ import annotations
@@ -21,7 +26,9 @@ import tempfile
 from pathlib import Path
 
 import kvspan
+import plots
 from cpp_programs import build, cpp_benchmark
+from emulator import NOT_A_GPU
 from harness import BenchError, Expectation, Result
 
 NAME = "replay"
@@ -30,8 +37,13 @@ EXCERPT = Path(kvspan.__file__).parent / "data" / "azure_conv_2023_excerpt.csv"
 MODELS = ("Llama-3-8B", "70B/TP8", "Yi-34B/TP2", "Qwen2.5-7B", "MLA")
 OURS = ("auto", "host")
 LAYOUTS = ("per-layer", "split")
-OTHERS = ("slots", "naive", "handle-pool", "kvcached")
-SLOW = ("vattention", "vattention-layers")  # minutes: they preempt most of the time
+OTHERS = (
+    *("slots", "naive", "handle-pool", "kvcached", "kvcached-split"),
+    *("vattention", "vattention-sync", "vattention-layers"),
+)
+REAL_TIME = ("emulator@1", "emulator@10", "host@1", "host@100")
+REAL_TIME_QUICK = ("emulator@10", "host@100")
+REAL_TIME_FULL = ("emulator@3", "emulator@30", "emulator@100", "host@3", "host@10", "host@30")
 HOST_PAGES_KIB = (64, 512)
 FRAMES = (0, 3)  # largest classes, beside the default of 6: 2 MiB, 16 MiB, 128 MiB
 QUICK_REQUESTS = 64
@@ -47,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a CSV, plain or gzipped, with columns t_s, prompt, output (default: the excerpt of "
         "the Azure conversation trace that comes with kvspan)",
     )
+    plots.add_argument(parser)
     parser.add_argument("--full", action="store_true", help="all policies for all models")
     parser.add_argument(
         "--quick", action="store_true", help=f"only the first {QUICK_REQUESTS} requests"
@@ -64,7 +77,7 @@ def read_trace(path: Path) -> list[tuple[float, int, int]]:
     return requests
 
 
-def cases(full: bool) -> list[tuple[str, str, str, tuple[int, ...]]]:
+def cases(full: bool, quick: bool) -> list[tuple[str, str, str, tuple[int, ...]]]:
     """Return model, policy, how requests come, and the size of pages (KiB) and frames (class)."""
     found: list[tuple[str, str, str, tuple[int, ...]]] = []
     for model in MODELS:
@@ -72,11 +85,14 @@ def cases(full: bool) -> list[tuple[str, str, str, tuple[int, ...]]]:
         found += [(model, memory, "saturated", ()) for memory in ("blocks", *OURS)]
         found.append((model, "auto", "arriving", ()))
         if is_first or full:
-            others = (*OTHERS, *LAYOUTS, *(SLOW if full else ()))
-            found += [(model, memory, "saturated", ()) for memory in others]
+            found += [(model, memory, "saturated", ()) for memory in (*OTHERS, *LAYOUTS)]
             found += [(model, "host", "saturated", (kib,)) for kib in HOST_PAGES_KIB]
             found += [(model, "auto", "saturated", (2048, largest)) for largest in FRAMES]
-    return found
+    if quick:
+        # Without a beginning that takes its time.
+        return [*found, *((MODELS[0], memory, "arriving", ()) for memory in REAL_TIME_QUICK)]
+    real_time = (*REAL_TIME, *(REAL_TIME_FULL if full else ()))
+    return [*found, *((MODELS[0], memory, "saturated", ()) for memory in real_time)]
 
 
 def label(model: str, memory: str, mode: str, sizes: tuple[int, ...]) -> str:
@@ -105,16 +121,30 @@ def run(args: argparse.Namespace) -> Result:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as trace:
         trace.writelines(f"{t} {prompt} {output}\n" for t, prompt, output in requests)
         trace.flush()
-        for case in cases(args.full):
+        for case in cases(args.full, args.quick):
             model, memory, mode, sizes = case
             run_of_it = cpp_benchmark(
                 "kvspan_bench_replay", [trace.name, mode, model, memory, *map(str, sizes)]
             )
             for name, series in run_of_it.measurements.items():
                 result.measurements[f"{label(*case)}: {name}"] = series
+    result.notes.append(NOT_A_GPU)
+    if args.plot:
+        draw(args.plot, result)
     if not args.quick:
         result.expectations = expectations(result, long_prompts=mean_prompt > LONG_PROMPT)
     return result
+
+
+def draw(path: Path, result: Result) -> None:
+    """Draw the first model's waste, where all requests wait."""
+    begin, end = f"{MODELS[0]}, ", ", saturated: waste over time"
+    lines = {
+        name.removeprefix(begin).removesuffix(end): series.samples
+        for name, series in result.measurements.items()
+        if name.startswith(begin) and name.endswith(end)
+    }
+    plots.lines(path, f"{MODELS[0]} in 60 GiB", "s of the trace", "% of waste", lines)
 
 
 def expectations(result: Result, *, long_prompts: bool) -> list[Expectation]:

@@ -96,7 +96,7 @@ void print(ReplayResult& r, double took) {
   print_samples("of it kept", {percent(r.held.kept)}, "%");
   print_samples("concurrency", {r.weighted_s > 0 ? r.concurrency / r.weighted_s : 0}, "");
   print_samples("peak concurrency", {r.peak_concurrency}, "");
-  print_samples("waste over time", r.waste_over_time, "%");
+  if (!r.waste_over_time.empty()) print_samples("waste over time", r.waste_over_time, "%");
   print_samples("preempted", {static_cast<double>(r.n_preempted)}, "");
   constexpr const char* names[] = {"create", "map", "set_access", "unmap", "release"};
   for (std::size_t i = 0; i < DriverWork::kNames; ++i) {
