@@ -60,8 +60,11 @@ void SpanMemory::release(Id id) {
 // What a sequence has room for is its own, but for the prompt that it waits for, which is counted
 // by who adds up the prompts, and for what is more than two pages ahead: that can be reclaimed.
 double SpanMemory::available_bytes() const {
-  const auto two_pages = static_cast<std::int64_t>(
-      2 * store_->page_size().value / cache_->space()->layout().bytes_per_token().value);
+  Bytes least = store_->page_size();  // that a token takes in a page
+  for (const Lane& lane : cache_->space()->layout().lanes()) {
+    least = std::min(least, lane.token_bytes);
+  }
+  const auto two_pages = static_cast<std::int64_t>(2 * store_->page_size().value / least.value);
   std::int64_t tokens = 0;
   for (const auto& [id, sequence] : sequences_) {
     const std::int64_t length = sequence->state()->length;
