@@ -15,12 +15,8 @@ constexpr double kReserve = 0.01;
 
 class Engine {
  public:
-  Engine(Memory& memory, std::span<const Request> requests, bool saturated, double seconds)
-      : memory_(memory),
-        requests_(requests),
-        saturated_(saturated),
-        seconds_(seconds),
-        states_(requests.size()) {
+  Engine(Memory& memory, std::span<const Request> requests, bool saturated)
+      : memory_(memory), requests_(requests), saturated_(saturated), states_(requests.size()) {
     capacity_ = memory_.available_bytes();
     for (std::size_t i = 0; i < requests.size(); ++i) {
       states_[i].to_prefill = requests[i].prompt;
@@ -32,9 +28,8 @@ class Engine {
     std::size_t n_arrived = 0;
     std::size_t second = 0;
     DriverWork calls_before{}, background_before{};
-    while (n_done_ < requests_.size()) {
+    while (n_done_ < requests_.size() && !memory_.is_over()) {
       const double now = static_cast<double>(result_.n_ticks) * kTick;
-      if (now >= seconds_) break;
       while (n_arrived < requests_.size() &&
              (saturated_ || requests_[n_arrived].arrival_s <= now)) {
         queue_.push_back(n_arrived++);
@@ -213,7 +208,6 @@ class Engine {
   Memory& memory_;
   const std::span<const Request> requests_;
   const bool saturated_;
-  const double seconds_;
   std::vector<State> states_;
   double capacity_ = 0;
   std::deque<std::size_t> queue_;
@@ -224,9 +218,8 @@ class Engine {
 
 }  // namespace
 
-ReplayResult replay(Memory& memory, std::span<const Request> requests, bool saturated,
-                    double seconds) {
-  return Engine(memory, requests, saturated, seconds).run();
+ReplayResult replay(Memory& memory, std::span<const Request> requests, bool saturated) {
+  return Engine(memory, requests, saturated).run();
 }
 
 }  // namespace kvspan::bench

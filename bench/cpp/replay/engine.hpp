@@ -9,7 +9,6 @@
 // been filled for the first time, and ends when no request waits any more.
 #pragma once
 
-#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -39,8 +38,6 @@ struct ReplayResult {
   double worst_pages = 0, worst_seconds_in_calls = 0, worst_seconds = 0;
 };
 
-// Ends after so many seconds, if not before.
-ReplayResult replay(Memory& memory, std::span<const Request> requests, bool saturated,
-                    double seconds = std::numeric_limits<double>::infinity());
+ReplayResult replay(Memory& memory, std::span<const Request> requests, bool saturated);
 
 }  // namespace kvspan::bench

@@ -130,12 +130,11 @@ int replay_paced(std::span<const Request> requests, bool saturated, const std::s
                  const SpanOptions& options, double speed) {
   std::optional<Emulator> emulator;
   if (how == "emulator") emulator.emplace("memory_free=1,time=real,memory=64GiB");
-  const double slow_s = saturated ? kWarmUp : 0;
-  const auto memory = emulator ? PacedSpan::on_emulator(options, {speed, slow_s}, *emulator)
-                               : PacedSpan::on_host(options, {speed, slow_s});
+  const PacedSpan::Speed at{speed, saturated ? kWarmUp : 0, kPacedSeconds};
+  const auto memory =
+      emulator ? PacedSpan::on_emulator(options, at, *emulator) : PacedSpan::on_host(options, at);
   ReplayResult result;
-  const double took =
-      timed([&] { result = replay(*memory, requests, saturated, slow_s + kPacedSeconds * speed); });
+  const double took = timed([&] { result = replay(*memory, requests, saturated); });
   print(result, took);
   const PacedSpan::Pace pace = memory->pace();
   print_samples("speed", {pace.speed}, "x");

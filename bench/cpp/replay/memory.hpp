@@ -86,6 +86,8 @@ class Memory {
   virtual void run_background(double from, double until) = 0;
   // All calls so far, of engine and background: what the background did shows when it was run.
   virtual DriverWork work() const = 0;
+  // No more requests are wanted.
+  virtual bool is_over() const { return false; }
   // Goes on by as many seconds as a call of the engine's lasts.
   virtual double clock() const { return work().seconds; }
 };

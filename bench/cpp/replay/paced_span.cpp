@@ -97,6 +97,10 @@ double PacedSpan::clock() const {
   return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
 }
 
+bool PacedSpan::is_over() const {
+  return Clock::now() - slow_.at >= std::chrono::duration<double>(speed_.lasts_s);
+}
+
 PacedSpan::Pace PacedSpan::pace() const {
   const std::chrono::duration<double> took = Clock::now() - slow_.at;
   const DriverWork all = work() - slow_.work;

@@ -23,7 +23,8 @@ class PacedSpan final : public SpanMemory {
  public:
   struct Speed {
     double speed;
-    double slow_s;  // at first, at the trace's own speed
+    double slow_s;   // at first, at the trace's own speed
+    double lasts_s;  // then, in real time
   };
 
   static std::unique_ptr<PacedSpan> on_host(SpanOptions options, Speed speed);
@@ -36,6 +37,7 @@ class PacedSpan final : public SpanMemory {
   void run_background(double from, double until) override;
   DriverWork work() const override;
   double clock() const override;
+  bool is_over() const override;
 
   // Since the first seconds, in real time.
   struct Pace {
