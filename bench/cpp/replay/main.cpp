@@ -164,17 +164,16 @@ int main(int argc, char** argv) {
   for (const Request& r : requests) longest = std::max(longest, r.prompt + r.output);
   std::int64_t max_seq_len = 1024;
   while (max_seq_len < longest) max_seq_len *= 2;
-  const std::string argument_4 = argv[4];
-  const std::size_t sign = argument_4.find('@');
-  const bool is_paced = sign != std::string::npos;
-  const std::string how = argument_4.substr(0, sign);
-  const SpanOptions options = span_options(
-      how, *model, saturated || is_paced ? kCapacity : kAmple, max_seq_len,
-      kKiB * argument(5, kPageKib), SizeClass(static_cast<std::uint8_t>(argument(6, kLargest))));
-  if (is_paced) {
-    return replay_paced(requests, saturated, how, options,
-                        std::strtod(argument_4.c_str() + sign + 1, nullptr));
+  std::string how = argv[4];
+  double speed = 0;  // in real time; 0: in virtual time
+  if (const std::size_t sign = how.find('@'); sign != std::string::npos) {
+    speed = std::strtod(how.c_str() + sign + 1, nullptr);
+    how.resize(sign);
   }
+  const SpanOptions options = span_options(
+      how, *model, saturated || speed > 0 ? kCapacity : kAmple, max_seq_len,
+      kKiB * argument(5, kPageKib), SizeClass(static_cast<std::uint8_t>(argument(6, kLargest))));
+  if (speed > 0) return replay_paced(requests, saturated, how, options, speed);
   const auto memory = make_memory(how, *model, options);
   ReplayResult result;
   const double took = timed([&] { result = replay(*memory, requests, saturated); });
