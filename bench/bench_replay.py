@@ -47,6 +47,8 @@ REAL_TIME_FULL = ("emulator@3", "emulator@30", "emulator@100", "host@3", "host@1
 HOST_PAGES_KIB = (64, 512)
 FRAMES = (0, 3)  # largest classes, beside the default of 6: 2 MiB, 16 MiB, 128 MiB
 QUICK_REQUESTS = 64
+# A trace that has fewer is repeated where all requests wait: hundreds of them fit at once.
+MANY_REQUESTS, FEW_REQUESTS = 8192, 2048
 LONG_PROMPT = 4096  # mean tokens from which a trace is one of long prompts
 
 
@@ -75,6 +77,11 @@ def read_trace(path: Path) -> list[tuple[float, int, int]]:
     if not requests:
         raise BenchError(f"{path} has no requests")
     return requests
+
+
+def write_trace(path: Path, requests: list[tuple[float, int, int]]) -> None:
+    """Write what kvspan_bench_replay reads."""
+    path.write_text("".join(f"{t} {prompt} {output}\n" for t, prompt, output in requests))
 
 
 def cases(full: bool, quick: bool) -> list[tuple[str, str, str, tuple[int, ...]]]:
@@ -118,13 +125,15 @@ def run(args: argparse.Namespace) -> Result:
         },
     )
     build("kvspan_bench_replay")
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as trace:
-        trace.writelines(f"{t} {prompt} {output}\n" for t, prompt, output in requests)
-        trace.flush()
+    n_times = -(-(FEW_REQUESTS if args.quick else MANY_REQUESTS) // len(requests))
+    with tempfile.TemporaryDirectory() as folder:
+        traces = {"arriving": Path(folder) / "once", "saturated": Path(folder) / "repeated"}
+        write_trace(traces["arriving"], requests)
+        write_trace(traces["saturated"], requests * n_times)
         for case in cases(args.full, args.quick):
             model, memory, mode, sizes = case
             run_of_it = cpp_benchmark(
-                "kvspan_bench_replay", [trace.name, mode, model, memory, *map(str, sizes)]
+                "kvspan_bench_replay", [str(traces[mode]), mode, model, memory, *map(str, sizes)]
             )
             for name, series in run_of_it.measurements.items():
                 result.measurements[f"{label(*case)}: {name}"] = series
