@@ -43,11 +43,12 @@ OTHERS = (
 )
 REAL_TIME = ("emulator@1", "emulator@10", "host@1", "host@100")
 REAL_TIME_QUICK = ("emulator@10", "host@100")
+DRAWN = ("blocks", "auto", "per-layer", "kvcached", "vattention", *REAL_TIME)
 REAL_TIME_FULL = ("emulator@3", "emulator@30", "emulator@100", "host@3", "host@10", "host@30")
 HOST_PAGES_KIB = (64, 512)
 FRAMES = (0, 3)  # largest classes, beside the default of 6: 2 MiB, 16 MiB, 128 MiB
 QUICK_REQUESTS = 64
-# A trace that has fewer is repeated where all requests wait: hundreds of them fit at once.
+# A trace that has fewer is repeated: hundreds of them fit at once.
 MANY_REQUESTS, FEW_REQUESTS = 8192, 2048
 LONG_PROMPT = 4096  # mean tokens from which a trace is one of long prompts
 
@@ -77,11 +78,6 @@ def read_trace(path: Path) -> list[tuple[float, int, int]]:
     if not requests:
         raise BenchError(f"{path} has no requests")
     return requests
-
-
-def write_trace(path: Path, requests: list[tuple[float, int, int]]) -> None:
-    """Write what kvspan_bench_replay reads."""
-    path.write_text("".join(f"{t} {prompt} {output}\n" for t, prompt, output in requests))
 
 
 def cases(full: bool, quick: bool) -> list[tuple[str, str, str, tuple[int, ...]]]:
@@ -125,15 +121,19 @@ def run(args: argparse.Namespace) -> Result:
         },
     )
     build("kvspan_bench_replay")
-    n_times = -(-(FEW_REQUESTS if args.quick else MANY_REQUESTS) // len(requests))
-    with tempfile.TemporaryDirectory() as folder:
-        traces = {"arriving": Path(folder) / "once", "saturated": Path(folder) / "repeated"}
-        write_trace(traces["arriving"], requests)
-        write_trace(traces["saturated"], requests * n_times)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as trace:
+        n_times = -(-(FEW_REQUESTS if args.quick else MANY_REQUESTS) // len(requests))
+        lasts = requests[-1][0] * (1 + 1 / len(requests))
+        trace.writelines(
+            f"{t + i * lasts} {prompt} {output}\n"
+            for i in range(n_times)
+            for t, prompt, output in requests
+        )
+        trace.flush()
         for case in cases(args.full, args.quick):
             model, memory, mode, sizes = case
             run_of_it = cpp_benchmark(
-                "kvspan_bench_replay", [str(traces[mode]), mode, model, memory, *map(str, sizes)]
+                "kvspan_bench_replay", [trace.name, mode, model, memory, *map(str, sizes)]
             )
             for name, series in run_of_it.measurements.items():
                 result.measurements[f"{label(*case)}: {name}"] = series
@@ -147,12 +147,11 @@ def run(args: argparse.Namespace) -> Result:
 
 def draw(path: Path, result: Result) -> None:
     """Draw the first model's waste, where all requests wait."""
-    begin, end = f"{MODELS[0]}, ", ", saturated: waste over time"
-    lines = {
-        name.removeprefix(begin).removesuffix(end): series.samples
-        for name, series in result.measurements.items()
-        if name.startswith(begin) and name.endswith(end)
+    names = {
+        memory: f"{label(MODELS[0], memory, 'saturated', ())}: waste over time" for memory in DRAWN
     }
+    found = result.measurements
+    lines = {memory: found[name].samples for memory, name in names.items() if name in found}
     plots.lines(path, f"{MODELS[0]} in 60 GiB", "s of the trace", "% of waste", lines)
 
 
