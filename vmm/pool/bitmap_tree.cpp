@@ -4,8 +4,9 @@
 // at least one of the two has to see the other's write: this is store buffering, which acquire and
 // release do not forbid and sequential consistency does. Therefore these writes and reads are all
 // seq_cst. The same holds one level up, between marks and regions. (Model checkers found the hidden
-// bit at once when the orders were acq_rel.) A word that is lent counts as empty here: lending it
-// is emptying it, and who recalls it adds.
+// bit at once when the orders were acq_rel.) Who sets a region's bit again reads nothing after it;
+// its release lets the next one to clear the region see why it was set. A word that is lent counts
+// as empty here: lending it is emptying it, and who recalls it adds.
 #include "pool/bitmap_tree.hpp"
 
 #include <algorithm>
@@ -17,7 +18,8 @@ namespace kvspan {
 namespace {
 
 constexpr std::memory_order relaxed = std::memory_order_relaxed;
-constexpr std::memory_order acq_rel = std::memory_order_acq_rel;
+constexpr std::memory_order acquire = std::memory_order_acquire;
+constexpr std::memory_order release = std::memory_order_release;
 constexpr std::memory_order seq_cst = std::memory_order_seq_cst;
 
 // Words with free ids that a claim compares before it takes the best of them.
@@ -68,9 +70,9 @@ IdBits BitmapTree::claim_in(std::uint32_t word, std::uint32_t want) noexcept {
   std::uint64_t seen = leaves_[word].load(relaxed);
   while (open_ids_of(seen) != 0) {
     const std::uint32_t mask = pick(ids_of(seen), want);
-    // acquire: what the last owner did to these ids happened before we have them; release: keeps
-    // the chain from givers of the word's other ids to their takers. On failure only `seen` is new.
-    if (leaves_[word].compare_exchange_weak(seen, seen & ~std::uint64_t{mask}, acq_rel, relaxed)) {
+    // acquire: what the last owner did to these ids happened before we have them. What the givers
+    // of the word's other ids released stays so, since every change of a word is an exchange.
+    if (leaves_[word].compare_exchange_weak(seen, seen & ~std::uint64_t{mask}, acquire, relaxed)) {
       if (mask == ids_of(seen)) unmark(word);
       return {word, mask};
     }
@@ -86,8 +88,8 @@ std::optional<IdBits> BitmapTree::find(std::uint32_t from, std::uint32_t want) c
 
 bool BitmapTree::lend(IdBits seen, std::uint32_t claimed) noexcept {
   std::uint64_t expected = seen.mask;
-  // Orders: see claim_in.
-  if (!leaves_[seen.word].compare_exchange_strong(expected, (seen.mask & ~claimed) | kLent, acq_rel,
+  // relaxed: what the last owners did to the ids is acquired by unmark, which loads the leaf.
+  if (!leaves_[seen.word].compare_exchange_strong(expected, (seen.mask & ~claimed) | kLent, relaxed,
                                                   relaxed)) {
     return false;
   }
@@ -159,15 +161,15 @@ std::uint32_t BitmapTree::next_marked(std::uint32_t from) const noexcept {
   return kNoWord;
 }
 
-// Called after adding to the leaf. All seq_cst: see the top of this file. Loads come first because
+// Called after adding to the leaf. Orders: see the top of this file. Loads come first because
 // a mark is nearly always set already, and reading one leaves its cache line shared.
 void BitmapTree::mark(std::uint32_t word) noexcept {
   const std::uint32_t i = word / 64, region = i / 64;
   if ((marks_[i].load(seq_cst) & bit(word)) == 0) marks_[i].fetch_or(bit(word), seq_cst);
-  if ((regions_[region].load(seq_cst) & bit(i)) == 0) regions_[region].fetch_or(bit(i), seq_cst);
+  if ((regions_[region].load(seq_cst) & bit(i)) == 0) regions_[region].fetch_or(bit(i), release);
 }
 
-// Called after the leaf was emptied, or lent. All seq_cst: see the top of this file.
+// Called after the leaf was emptied, or lent. Orders: see the top of this file.
 void BitmapTree::unmark(std::uint32_t word) noexcept {
   const std::uint32_t i = word / 64, region = i / 64;
   const std::uint64_t left = marks_[i].fetch_and(~bit(word), seq_cst) & ~bit(word);
@@ -175,7 +177,7 @@ void BitmapTree::unmark(std::uint32_t word) noexcept {
     mark(word);
   } else if (left == 0) {
     regions_[region].fetch_and(~bit(i), seq_cst);
-    if (marks_[i].load(seq_cst) != 0) regions_[region].fetch_or(bit(i), seq_cst);
+    if (marks_[i].load(seq_cst) != 0) regions_[region].fetch_or(bit(i), release);
   }
 }
 

@@ -73,7 +73,7 @@ class BitmapTree {
       if (run.length < want) break;
       // Orders: see claim_in.
       if (leaf.compare_exchange_weak(seen, seen & ~std::uint64_t{run.mask()},
-                                     std::memory_order_acq_rel, std::memory_order_relaxed)) {
+                                     std::memory_order_acquire, std::memory_order_relaxed)) {
         return run.mask();
       }
     }

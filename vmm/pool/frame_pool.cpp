@@ -17,7 +17,7 @@ namespace {
 
 constexpr std::memory_order relaxed = std::memory_order_relaxed;
 constexpr std::memory_order acquire = std::memory_order_acquire;
-constexpr std::memory_order acq_rel = std::memory_order_acq_rel;
+constexpr std::memory_order release = std::memory_order_release;
 
 constexpr std::uint32_t kMostMore = std::numeric_limits<std::uint32_t>::max() - 1;
 
@@ -66,7 +66,7 @@ class FramePool::Class {
     // ours to do; release: what we did with it comes before its freeing by whoever does it.
     std::uint32_t seen = more.load(acquire);
     while (seen != 0) {
-      if (more.compare_exchange_weak(seen, seen - 1, acq_rel, acquire)) return true;
+      if (more.compare_exchange_weak(seen, seen - 1, release, acquire)) return true;
     }
     return false;
   }

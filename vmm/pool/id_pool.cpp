@@ -9,6 +9,7 @@ namespace kvspan {
 namespace {
 
 constexpr std::memory_order relaxed = std::memory_order_relaxed;
+constexpr std::memory_order acquire = std::memory_order_acquire;
 constexpr std::memory_order release = std::memory_order_release;
 constexpr std::memory_order acq_rel = std::memory_order_acq_rel;
 
@@ -44,16 +45,18 @@ bool IdPool::refill(std::span<FrameId> out) noexcept {
     if (now.free < n_ids || now.free < lend_from_ || now.n_lent == Admission::kMaxLent) {
       return false;
     }
-    // acq_rel: as in take_admitted. From here on all these ids are ours, to lend and to take.
+    // relaxed: whose memory these ids are is settled where the word is lent. From here on they are
+    // ours, to lend and to take.
   } while (!admit_.compare_exchange_weak(
-      seen, Admission{now.bump, now.free - n_ids, now.n_lent + 1}.packed(), acq_rel, relaxed));
+      seen, Admission{now.bump, now.free - n_ids, now.n_lent + 1}.packed(), relaxed, relaxed));
   const std::uint32_t mask = pick(found->mask, wanted);
   if (!tree_.lend(*found, mask)) {
-    // release: there is nothing to tell, but the chain of those who did add goes on.
-    admit_.fetch_add(n_ids - Admission::kOneLent, release);
+    // relaxed: nothing has happened. What givers released with these counts stays so, since every
+    // change of `admit` is an exchange.
+    admit_.fetch_add(n_ids - Admission::kOneLent, relaxed);
     return false;
   }
-  // acq_rel: the exchange hands over the duty to recall, and each word is as it was lent.
+  // acq_rel: the exchange hands over the duty to recall: no word is recalled before it was lent.
   recall(mine.word.exchange(found->word, acq_rel));
   mine.cursor.store(found->word, relaxed);
   write({found->word, mask}, out);
@@ -84,11 +87,10 @@ bool IdPool::take_admitted(std::span<FrameId> out, std::uint32_t limit) noexcept
     const std::uint32_t n_recycled = std::min(wanted, now.free), n_fresh = wanted - n_recycled;
     const bool is_enough = n_fresh == 0 || (now.bump < limit && n_fresh <= limit - now.bump);
     if (is_enough && (n_fresh == 0 || now.n_lent == 0 || has_recalled)) {
-      // acquire: see the bits that givers set before they added to `free`; release: whoever reads
-      // the new bump knows of everything that came before it.
+      // acquire: see the bits that givers set before they added to `free`.
       const Admission then{now.bump + n_fresh, now.free - n_recycled, now.n_lent};
       is_confirmed = false;
-      if (!admit_.compare_exchange_weak(seen, then.packed(), acq_rel, relaxed)) continue;
+      if (!admit_.compare_exchange_weak(seen, then.packed(), acquire, relaxed)) continue;
       if (n_recycled != 0) collect(out.first(n_recycled), now.bump);
       for (std::uint32_t i = 0; i < n_fresh; ++i) {
         out[n_recycled + i] = FrameId(class_, now.bump + i);
@@ -121,9 +123,9 @@ bool IdPool::take_fresh(std::span<FrameId> out) noexcept {
   do {
     now = Admission::unpacked(seen);
     if (wanted > capacity_ - now.bump) return false;
-    // acq_rel: as above.
+    // relaxed: nobody had these ids before.
   } while (!admit_.compare_exchange_weak(
-      seen, Admission{now.bump + wanted, now.free, now.n_lent}.packed(), acq_rel, relaxed));
+      seen, Admission{now.bump + wanted, now.free, now.n_lent}.packed(), relaxed, relaxed));
   for (std::uint32_t i = 0; i < wanted; ++i) out[i] = FrameId(class_, now.bump + i);
   return true;
 }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <source_location>
 #include <vector>
 
 #include "explorer/explorer.hpp"
@@ -13,52 +14,55 @@ namespace kvspan {
 
 template <class T>
 class AtomicRef {
+  using Where = std::source_location;
+
  public:
   explicit AtomicRef(kvspan_test::explorer::Location location) : location_(location) {}
 
-  T load(std::memory_order order) const {
-    return static_cast<T>(kvspan_test::explorer::load(location_, order));
+  T load(std::memory_order order, Where where = Where::current()) const {
+    return static_cast<T>(kvspan_test::explorer::load(location_, order, where));
   }
-  void store(T value, std::memory_order order) const {
-    kvspan_test::explorer::store(location_, static_cast<kvspan_test::explorer::Word>(value), order);
+  void store(T value, std::memory_order order, Where where = Where::current()) const {
+    kvspan_test::explorer::store(location_, static_cast<kvspan_test::explorer::Word>(value), order,
+                                 where);
   }
-  T fetch_or(T bits, std::memory_order order) const {
-    return change([=](T old) { return static_cast<T>(old | bits); }, order);
+  T fetch_or(T bits, std::memory_order order, Where where = Where::current()) const {
+    return change([=](T old) { return static_cast<T>(old | bits); }, order, where);
   }
-  T fetch_and(T bits, std::memory_order order) const {
-    return change([=](T old) { return static_cast<T>(old & bits); }, order);
+  T fetch_and(T bits, std::memory_order order, Where where = Where::current()) const {
+    return change([=](T old) { return static_cast<T>(old & bits); }, order, where);
   }
-  T fetch_add(T n, std::memory_order order) const {
-    return change([=](T old) { return static_cast<T>(old + n); }, order);
+  T fetch_add(T n, std::memory_order order, Where where = Where::current()) const {
+    return change([=](T old) { return static_cast<T>(old + n); }, order, where);
   }
-  T exchange(T value, std::memory_order order) const {
-    return change([=](T) { return value; }, order);
+  T exchange(T value, std::memory_order order, Where where = Where::current()) const {
+    return change([=](T) { return value; }, order, where);
   }
   bool compare_exchange_strong(T& expected, T desired, std::memory_order success,
-                               std::memory_order failure) const {
-    return compare_exchange_weak(expected, desired, success, failure);
+                               std::memory_order failure, Where where = Where::current()) const {
+    return compare_exchange_weak(expected, desired, success, failure, where);
   }
   bool compare_exchange_weak(T& expected, T desired, std::memory_order success,
-                             std::memory_order failure) const {
+                             std::memory_order failure, Where where = Where::current()) const {
     using kvspan_test::explorer::Word;
     const T wanted = expected;
     const auto replaced = [=](Word old) {
       return static_cast<T>(old) == wanted ? std::optional<Word>(static_cast<Word>(desired))
                                            : std::nullopt;
     };
-    expected =
-        static_cast<T>(kvspan_test::explorer::exchange(location_, replaced, success, failure));
+    expected = static_cast<T>(
+        kvspan_test::explorer::exchange(location_, replaced, success, failure, where));
     return expected == wanted;
   }
 
  private:
   template <class Change>
-  T change(const Change& change, std::memory_order order) const {
+  T change(const Change& change, std::memory_order order, Where where) const {
     using kvspan_test::explorer::Word;
     const auto changed = [&](Word old) {
       return std::optional<Word>(static_cast<Word>(change(static_cast<T>(old))));
     };
-    return static_cast<T>(kvspan_test::explorer::exchange(location_, changed, order, order));
+    return static_cast<T>(kvspan_test::explorer::exchange(location_, changed, order, order, where));
   }
 
   kvspan_test::explorer::Location location_;

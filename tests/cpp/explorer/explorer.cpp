@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <stdexcept>
 #include <utility>
 
 namespace kvspan_test::explorer {
@@ -104,12 +105,15 @@ class Execution {
  public:
   using Stacks = std::vector<std::unique_ptr<char[]>>;
 
-  Execution(Decisions& decisions, Stacks& stacks, Bounds bounds, std::optional<Weakening> weakening)
-      : decisions_(decisions), stacks_(stacks), bounds_(bounds), weakening_(weakening) {}
+  Execution(Decisions& decisions, Stacks& stacks, Bounds bounds,
+            const std::optional<Mutant>& mutant, std::set<Site>& sites)
+      : decisions_(decisions), stacks_(stacks), bounds_(bounds), mutant_(mutant), sites_(sites) {}
 
   // Runs the scenario to its end, or to its first fault.
   void run(Scenario scenario) {
-    threads_.resize(scenario.threads.size());  // once: a context may not move
+    // What comes last is a thread after all others. Resized once: a context may not move.
+    scenario.threads.push_back(std::move(scenario.finally));
+    threads_.resize(scenario.threads.size());
     while (stacks_.size() < threads_.size()) {
       stacks_.push_back(std::make_unique_for_overwrite<char[]>(kStackBytes));
     }
@@ -123,18 +127,11 @@ class Execution {
       thread.context.uc_link = nullptr;
       makecontext(&thread.context, &Execution::enter, 0);
     }
-    running_ = decisions_.next(static_cast<int>(threads_.size()));
+    running_ = decisions_.next(last());
     while (!fault_ && running_ != kOutside) {
       swapcontext(&main_, &threads_[static_cast<std::size_t>(running_)].context);
       if (fault_ || !threads_[static_cast<std::size_t>(running_)].is_done) continue;
       running_ = successor();
-    }
-    running_ = kOutside;
-    if (fault_) return;
-    for (const Thread& thread : threads_) merge(outside_, thread.view);
-    try {
-      scenario.finally();
-    } catch (const Failed&) {  // noted
     }
   }
 
@@ -143,7 +140,7 @@ class Execution {
   [[noreturn]] void fail(const std::string& what) {
     fault_ = what + "\n";
     for (const Step& step : steps_) *fault_ += describe(step);
-    if (running_ == kOutside) throw Failed{};
+    if (running_ == kOutside) throw std::logic_error("before the threads: " + *fault_);
     swapcontext(&threads_[static_cast<std::size_t>(running_)].context, &main_);
     std::abort();  // nobody comes back to a thread of an execution that failed
   }
@@ -156,8 +153,8 @@ class Execution {
     return location;
   }
 
-  Word load(Location location, std::memory_order order) {
-    order = weakened(order);
+  Word load(Location location, std::memory_order order, std::source_location where) {
+    order = mutated(Site::Kind::load, order, order, where).success;
     yield();
     std::uint32_t oldest = at(view(), location);
     if (order == std::memory_order_seq_cst) oldest = std::max(oldest, sequential_[location]);
@@ -173,26 +170,32 @@ class Execution {
     return stores_[location][seen].value;
   }
 
-  void store(Location location, Word value, std::memory_order order) {
-    order = weakened(order);
+  void store(Location location, Word value, std::memory_order order, std::source_location where) {
+    order = mutated(Site::Kind::store, order, order, where).success;
     yield();
     append(location, value, order, {});
     note("store", location, value, order);
   }
 
   Word exchange(Location location, const std::function<std::optional<Word>(Word)>& change,
-                std::memory_order success, std::memory_order failure) {
-    success = weakened(success);
-    failure = weakened(failure);
+                std::memory_order success, std::memory_order failure, std::source_location where) {
+    const Mutant as = mutated(Site::Kind::exchange, success, failure, where);
     yield();
     const auto newest = static_cast<std::uint32_t>(stores_[location].size() - 1);
     const Word old = stores_[location][newest].value;
     const std::optional<Word> changed = change(old);
-    see(location, newest, changed ? success : failure);
+    const std::memory_order order = changed ? as.success : as.failure;
+    see(location, newest, order);
+    if (changed && as.is_torn) {
+      note("load", location, old, order);
+      yield();
+      append(location, *changed, order, {});
+      note("store", location, *changed, order);
+      return old;
+    }
     // An exchange goes on with the release sequence of the store that it replaces.
-    if (changed) append(location, *changed, success, stores_[location][newest].carried);
-    note(changed ? "exchange" : "failed exchange", location, changed.value_or(old),
-         changed ? success : failure);
+    if (changed) append(location, *changed, order, stores_[location][newest].carried);
+    note(changed ? "exchange" : "failed exchange", location, changed.value_or(old), order);
     return old;
   }
 
@@ -220,7 +223,6 @@ class Execution {
   }
 
  private:
-  struct Failed {};
   static constexpr int kOutside = -1;
 
   static void enter();
@@ -268,20 +270,33 @@ class Execution {
 
   int successor() {
     const std::vector<int> left = unfinished(running_);
-    if (left.empty()) return kOutside;
+    if (left.empty()) return begin_last();
     return left[static_cast<std::size_t>(decisions_.next(static_cast<int>(left.size())))];
+  }
+
+  int last() const { return static_cast<int>(threads_.size()) - 1; }
+
+  int begin_last() {
+    if (running_ == last()) return kOutside;
+    for (const Thread& thread : threads_) merge(threads_.back().view, thread.view);
+    return last();
   }
 
   std::vector<int> unfinished(int but) const {
     std::vector<int> found;
-    for (int i = 0; i < static_cast<int>(threads_.size()); ++i) {
+    for (int i = 0; i < last(); ++i) {
       if (i != but && !threads_[static_cast<std::size_t>(i)].is_done) found.push_back(i);
     }
     return found;
   }
 
-  std::memory_order weakened(std::memory_order order) const {
-    return weakening_ && weakening_->asked == order ? weakening_->given : order;
+  // The operation as it is to be done.
+  Mutant mutated(Site::Kind kind, std::memory_order success, std::memory_order failure,
+                 std::source_location where) {
+    const Site site{where.file_name(), where.line(), where.column(), kind, success, failure};
+    if (mutant_ && mutant_->site == site) return *mutant_;
+    if (running_ != kOutside && running_ != last()) sites_.insert(site);
+    return {site, success, failure};
   }
 
   void note(const char* what, Location location, Word value, std::memory_order order,
@@ -298,7 +313,8 @@ class Execution {
   Decisions& decisions_;
   Stacks& stacks_;
   const Bounds bounds_;
-  const std::optional<Weakening> weakening_;
+  const std::optional<Mutant>& mutant_;
+  std::set<Site>& sites_;
   std::vector<std::vector<Store>> stores_;  // by location, in modification order
   View sequential_;  // the last store that a sequentially consistent operation made or saw
   View outside_;     // of what is done before and after the threads
@@ -319,21 +335,64 @@ void Execution::enter() {
   swapcontext(&thread.context, &current->main_);
 }
 
+// The next weaker orders.
+std::vector<std::memory_order> weaker(Site::Kind kind, std::memory_order order) {
+  switch (order) {
+    case std::memory_order_relaxed:
+      return {};
+    case std::memory_order_acq_rel:
+      return {std::memory_order_acquire, std::memory_order_release};
+    case std::memory_order_seq_cst:
+      if (kind == Site::Kind::load) return {std::memory_order_acquire};
+      if (kind == Site::Kind::store) return {std::memory_order_release};
+      return {std::memory_order_acq_rel};
+    default:
+      return {std::memory_order_relaxed};
+  }
+}
+
 }  // namespace
 
+std::vector<Mutant> mutants_of(const Site& site) {
+  std::vector<Mutant> mutants;
+  const bool has_failure = site.failure != site.success;
+  for (const std::memory_order order : weaker(site.kind, site.success)) {
+    mutants.push_back({site, order, has_failure ? site.failure : order});
+  }
+  if (has_failure) {
+    for (const std::memory_order order : weaker(Site::Kind::load, site.failure)) {
+      mutants.push_back({site, site.success, order});
+    }
+  }
+  if (site.kind == Site::Kind::exchange) {
+    mutants.push_back({site, site.success, site.failure, true});
+  }
+  return mutants;
+}
+
+std::string describe(const Mutant& mutant) {
+  const auto& [site, success, failure, is_torn] = mutant;
+  std::string what = std::string(site.file.substr(site.file.rfind('/') + 1)) + ":" +
+                     std::to_string(site.line) + ":" + std::to_string(site.column) + ": ";
+  if (is_torn) return what + "torn";
+  const bool is_failure = success == site.success;
+  return what + name_of(is_failure ? site.failure : site.success) + " weakened to " +
+         name_of(is_failure ? failure : success);
+}
+
 Outcome explore(const std::function<Scenario()>& make, Bounds bounds,
-                std::optional<Weakening> weakening) {
+                const std::optional<Mutant>& mutant) {
   Outcome outcome;
   Decisions decisions;
   Execution::Stacks stacks;
   do {
     decisions.rewind();
-    Execution execution(decisions, stacks, bounds, weakening);
+    Execution execution(decisions, stacks, bounds, mutant, outcome.sites);
     current = &execution;
     execution.run(make());
     ++outcome.n_executions;
     outcome.fault = execution.fault();
-  } while (!outcome.fault && decisions.advance());
+  } while (!outcome.fault && outcome.n_executions < bounds.executions && decisions.advance());
   current = nullptr;
   return outcome;
 }
@@ -352,15 +411,17 @@ void let_others_run() { current->let_others_run(); }
 
 Location new_location(Word value) { return current->new_location(value); }
 
-Word load(Location location, std::memory_order order) { return current->load(location, order); }
+Word load(Location location, std::memory_order order, std::source_location where) {
+  return current->load(location, order, where);
+}
 
-void store(Location location, Word value, std::memory_order order) {
-  current->store(location, value, order);
+void store(Location location, Word value, std::memory_order order, std::source_location where) {
+  current->store(location, value, order, where);
 }
 
 Word exchange(Location location, const std::function<std::optional<Word>(Word)>& change,
-              std::memory_order success, std::memory_order failure) {
-  return current->exchange(location, change, success, failure);
+              std::memory_order success, std::memory_order failure, std::source_location where) {
+  return current->exchange(location, change, success, failure, where);
 }
 
 }  // namespace kvspan_test::explorer

@@ -142,7 +142,7 @@ BOOST_AUTO_TEST_CASE(exchanges_lose_nothing) {
                     [=] { require(s->x.load(relaxed) == 3, "an addition is lost"); }};
   });
   BOOST_TEST(!outcome.fault);
-  BOOST_TEST(outcome.n_executions >= 90u);  // 6! / (2! 2! 2!), were there no retries
+  BOOST_TEST(outcome.n_executions >= 90);  // 6! / (2! 2! 2!), were there no retries
 }
 
 BOOST_AUTO_TEST_CASE(faults_are_found_and_told) {
@@ -191,9 +191,9 @@ BOOST_AUTO_TEST_CASE(bounds_bound) {
                bounds)
         .n_executions;
   };
-  BOOST_TEST(executions({0, 0}) == 2u);              // one after the other, in either order
-  BOOST_TEST(executions({Bounds::kAll, 0}) == 20u);  // six operations, three of them first's
-  BOOST_TEST(executions({}) > 20u);
+  BOOST_TEST(executions({0, 0}) == 2);              // one after the other, in either order
+  BOOST_TEST(executions({Bounds::kAll, 0}) == 20);  // six operations, three of them first's
+  BOOST_TEST(executions({}) > 20);
 }
 
 BOOST_AUTO_TEST_SUITE_END()

@@ -24,11 +24,12 @@ struct PoolTestPeer {
   }
   // As if a thread had emptied the word and slept before clearing the hints.
   static void mark_stale(BitmapTree& tree, std::uint32_t word) { tree.mark(word); }
+  // As if a thread had emptied the word, slept, and went on.
+  static void unmark_late(BitmapTree& tree, std::uint32_t word) { tree.unmark(word); }
   static BitmapTree& tree(IdPool& pool) { return pool.tree_; }
 
   // Whether the hints lead to every id of the tree.
-  static bool hints_are_complete(const IdPool& pool) {
-    const BitmapTree& tree = pool.tree_;
+  static bool hints_are_complete(const BitmapTree& tree) {
     constexpr auto relaxed = std::memory_order_relaxed;
     for (std::uint32_t word = 0; word < tree.n_words_; ++word) {
       if (BitmapTree::open_ids_of(tree.leaves_[word].load(relaxed)) == 0) continue;
