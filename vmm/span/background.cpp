@@ -10,8 +10,9 @@ namespace kvspan {
 
 namespace {
 
-// Between two pieces: long enough for launches that wait for a driver's lock to get it, short
-// enough for a page for each of 256 sequences within two decode steps of 20 ms.
+// Between two pieces on a device: long enough for launches that wait for a driver's lock to get it,
+// short enough for a page for each of 256 sequences within two decode steps of 20 ms. A host has no
+// launches.
 constexpr std::chrono::microseconds kBetweenPieces{100};
 // When there was something to do, and when there was nothing. A decode step takes milliseconds and
 // what is mapped ahead lasts several, so this is often enough; looking costs a few microseconds.
@@ -94,12 +95,13 @@ WorkDone Background::turn(TimePoint now) noexcept {
 }
 
 void Background::run() noexcept {
+  const bool has_launches = store_.backend().traits().kind != DeviceKind::cpu;
   for (;;) {
     const WorkDone done = piece();
     std::unique_lock lock(sleep_);
     const auto is_over = [&] { return is_woken_ || is_stopping_; };
     if (done.has_more) {
-      woken_.wait_for(lock, kBetweenPieces, [&] { return is_stopping_; });
+      if (has_launches) woken_.wait_for(lock, kBetweenPieces, [&] { return is_stopping_; });
     } else if (done.is_idle) {
       woken_.wait(lock, is_over);
     } else {
