@@ -312,7 +312,8 @@ Pages Cache::reclaim(Pages wanted, Reach reach) noexcept {
   for (std::size_t i = 0; i < slots_.size() && total < wanted; ++i) {
     const SequenceState* const state = slots_[i].live.get();
     if (state == nullptr || slots_[i].backed <= needed_pages(*state)) continue;
-    total += drop_surplus(SlotId(static_cast<std::int32_t>(i)), state->tokens(), waits);
+    const SlotId id(static_cast<std::int32_t>(i));
+    total += drop_surplus(id, state->tokens(), UINT32_MAX, waits);
   }
   // What others may yet begin with goes last.
   if (total < wanted) total += evict_prefixes(wanted - total);

@@ -162,7 +162,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   };
   Dropped drop_excess(std::uint32_t n_frames) noexcept;
   Dropped drop_kept(Pages wanted, std::uint32_t n_frames, bool waits) noexcept;
-  Pages drop_surplus(SlotId id, Tokens keep, bool waits) noexcept;
+  Pages drop_surplus(SlotId id, Tokens keep, std::uint32_t n_frames, bool waits) noexcept;
   Tokens tokens_before_last(SlotId id, std::uint32_t n_frames) const;
   Pages drop_tail(SlotId id, Tokens keep) noexcept;
   Tokens tokens_in(Pages pages) const;

@@ -253,17 +253,16 @@ Cache::Dropped Cache::drop_kept(Pages wanted, std::uint32_t n_frames, bool waits
     const std::optional<SlotId> live = lists_.first_surplus();
     if (!live) break;
     lists_.remove(*live);
-    const Tokens planned = planned_tokens(*slot(*live).live);
-    const Pages dropped =
-        drop_surplus(*live, std::max(planned, tokens_before_last(*live, n_frames)), waits);
+    const Pages dropped = drop_surplus(*live, planned_tokens(*slot(*live).live), n_frames, waits);
     if (dropped > Pages(0)) return {*live, dropped, dropped};
     list(*live);
   }
   return {};
 }
 
-// Of a live sequence: unmaps what lies behind `keep` tokens, if nobody is inside a call on it.
-Pages Cache::drop_surplus(SlotId id, Tokens keep, bool waits) noexcept {
+// Of a live sequence: unmaps what lies behind `keep` tokens, at most `n_frames` of each lane's, if
+// nobody is inside a call on it.
+Pages Cache::drop_surplus(SlotId id, Tokens keep, std::uint32_t n_frames, bool waits) noexcept {
   // Kernels may be reading a surplus that lies in a window, whatever the last fence says.
   if (!waits && (space_->has_windows() || !is_settled(id))) return Pages(0);
   SequenceState& state = *slot(id).live;
@@ -271,7 +270,7 @@ Pages Cache::drop_surplus(SlotId id, Tokens keep, bool waits) noexcept {
   Pages dropped{};
   const std::unique_lock table(state.table, std::try_to_lock);
   if (table && (!space_->has_windows() || fence_again(state))) {
-    dropped = drop_tail(id, keep);
+    dropped = drop_tail(id, std::max(keep, tokens_before_last(id, n_frames)));
     update_capacity(state);
     note_ahead(state);
     state.is_lost = space_->is_broken(id);
