@@ -4,9 +4,9 @@
 // at least one of the two has to see the other's write: this is store buffering, which acquire and
 // release do not forbid and sequential consistency does. Therefore these writes and reads are all
 // seq_cst. The same holds one level up, between marks and regions. (Model checkers found the hidden
-// bit at once when the orders were acq_rel.) Who sets a region's bit again reads nothing after it;
-// its release lets the next one to clear the region see why it was set. A word that is lent counts
-// as empty here: lending it is emptying it, and who recalls it adds.
+// bit at once when the orders were acq_rel.) Only setting a region's bit is relaxed: nothing is
+// read after it, and who adds reads the region after its mark in any case. A word that is lent
+// counts as empty here: lending it is emptying it, and who recalls it adds.
 #include "pool/bitmap_tree.hpp"
 
 #include <algorithm>
@@ -19,7 +19,6 @@ namespace {
 
 constexpr std::memory_order relaxed = std::memory_order_relaxed;
 constexpr std::memory_order acquire = std::memory_order_acquire;
-constexpr std::memory_order release = std::memory_order_release;
 constexpr std::memory_order seq_cst = std::memory_order_seq_cst;
 
 // Words with free ids that a claim compares before it takes the best of them.
@@ -166,7 +165,7 @@ std::uint32_t BitmapTree::next_marked(std::uint32_t from) const noexcept {
 void BitmapTree::mark(std::uint32_t word) noexcept {
   const std::uint32_t i = word / 64, region = i / 64;
   if ((marks_[i].load(seq_cst) & bit(word)) == 0) marks_[i].fetch_or(bit(word), seq_cst);
-  if ((regions_[region].load(seq_cst) & bit(i)) == 0) regions_[region].fetch_or(bit(i), release);
+  if ((regions_[region].load(seq_cst) & bit(i)) == 0) regions_[region].fetch_or(bit(i), relaxed);
 }
 
 // Called after the leaf was emptied, or lent. Orders: see the top of this file.
@@ -177,7 +176,7 @@ void BitmapTree::unmark(std::uint32_t word) noexcept {
     mark(word);
   } else if (left == 0) {
     regions_[region].fetch_and(~bit(i), seq_cst);
-    if (marks_[i].load(seq_cst) != 0) regions_[region].fetch_or(bit(i), release);
+    if (marks_[i].load(seq_cst) != 0) regions_[region].fetch_or(bit(i), relaxed);
   }
 }
 

@@ -11,7 +11,6 @@ namespace {
 constexpr std::memory_order relaxed = std::memory_order_relaxed;
 constexpr std::memory_order acquire = std::memory_order_acquire;
 constexpr std::memory_order release = std::memory_order_release;
-constexpr std::memory_order acq_rel = std::memory_order_acq_rel;
 
 // How often a taker lets others run before it is refused although a word is on the way. They have
 // a few instructions to go, so this is for threads that were stopped there.
@@ -56,8 +55,9 @@ bool IdPool::refill(std::span<FrameId> out) noexcept {
     admit_.fetch_add(n_ids - Admission::kOneLent, relaxed);
     return false;
   }
-  // acq_rel: the exchange hands over the duty to recall: no word is recalled before it was lent.
-  recall(mine.word.exchange(found->word, acq_rel));
+  // relaxed: the exchange hands over the duty to recall, and nothing else. No word is recalled
+  // before it was lent, since `lend` ends with an acquire of what it has written.
+  recall(mine.word.exchange(found->word, relaxed));
   mine.cursor.store(found->word, relaxed);
   write({found->word, mask}, out);
   return true;
@@ -72,8 +72,8 @@ void IdPool::recall(std::uint32_t word) noexcept {
 }
 
 void IdPool::recall_all() noexcept {
-  // An exchange sees the last value, which a load need not. acq_rel: see refill.
-  for (Magazine& magazine : magazines_) recall(magazine.word.exchange(kNone, acq_rel));
+  // An exchange sees the last value, which a load need not. relaxed: see refill.
+  for (Magazine& magazine : magazines_) recall(magazine.word.exchange(kNone, relaxed));
 }
 
 bool IdPool::take_admitted(std::span<FrameId> out, std::uint32_t limit) noexcept {

@@ -382,16 +382,6 @@ std::string killer_of(const Mutant& mutant, const std::vector<std::set<Site>>& r
   return {};
 }
 
-// Orders that matter where a processor does a thread's exchanges in another order than the program,
-// which the explorer does not. A word would be recalled from a magazine before it was lent
-// (acq_rel), and who clears a region's bit would not see why it was set (release).
-bool is_beyond_the_explorer(const Mutant& mutant) {
-  const Site& site = mutant.site;
-  if (mutant.is_torn || site.failure != site.success) return false;
-  return site.success == std::memory_order_acq_rel ||
-         (site.success == std::memory_order_release && site.file.ends_with("bitmap_tree.cpp"));
-}
-
 }  // namespace
 
 BOOST_AUTO_TEST_CASE(every_order_is_explained) {
@@ -414,7 +404,6 @@ BOOST_AUTO_TEST_CASE(every_mutant_is_killed) {
   }
   for (const Site& site : sites) {
     for (const Mutant& mutant : mutants_of(site)) {
-      if (is_beyond_the_explorer(mutant)) continue;
       const std::string killer = killer_of(mutant, reached);
       BOOST_TEST(!killer.empty(), "survives: " << describe(mutant));
       BOOST_TEST_MESSAGE(describe(mutant) << ": " << killer);
