@@ -6,6 +6,11 @@ namespace kvspan_test {
 
 using Kind = Operation::Kind;
 
+PoolModel::PoolModel(std::uint32_t n_frames, std::uint32_t n_in_use, bool lends)
+    : references_(n_frames), n_fresh_(n_frames - n_in_use), lends_(lends) {
+  std::fill_n(references_.begin(), n_in_use, 1u);
+}
+
 bool PoolModel::is_done(const Operation& operation, const Progress& progress) {
   std::size_t n_steps = 1;
   if (operation.is_take() && !operation.is_refused) n_steps = 2;

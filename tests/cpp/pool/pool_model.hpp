@@ -29,10 +29,9 @@ struct Progress {
 
 class PoolModel {
  public:
-  // Frames that were never taken. Of a pool that lends none to its threads, one can tell which
-  // frames are picked when some are fresh: the others first.
-  PoolModel(std::uint32_t n_frames, bool lends)
-      : references_(n_frames), n_fresh_(n_frames), lends_(lends) {}
+  // Frames of which the first `n_in_use` were taken, and no others. Of a pool that lends none to
+  // its threads one can tell which frames a take is admitted to: recycled ones first.
+  PoolModel(std::uint32_t n_frames, std::uint32_t n_in_use, bool lends);
 
   static bool is_done(const Operation& operation, const Progress& progress);
 
