@@ -209,7 +209,7 @@ PoolModel all_in_use(std::uint32_t n_frames) { return PoolModel(n_frames, n_fram
 BOOST_AUTO_TEST_SUITE(linearizability)
 
 BOOST_AUTO_TEST_CASE(histories_of_threads_are_explained) {
-  for (std::uint64_t seed = 0; seed < (kSanitized ? 200 : 1000); ++seed) {
+  for (std::uint64_t seed = 0; seed < (kSanitized ? 500 : 2000); ++seed) {
     Random random(seed);
     const Load load = Load::random(random);
     FramePool pool(Pages(load.n_frames), kSingle, load.lend_from);
