@@ -17,7 +17,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,8 @@ class Result:
     """What a benchmark hands back.
 
     `baseline` names the measurement that the others are divided by. `parameters` are the sizes and
-    settings that it ran with, whatever JSON can hold.
+    settings that it ran with, whatever JSON can hold. With `columns` (heading: quantity) names are
+    "case: quantity", and a person is shown a row for each case; the rest is in the JSON.
     """
 
     measurements: dict[str, Series]
@@ -111,6 +112,7 @@ class Result:
     parameters: dict[str, Any] = field(default_factory=dict)
     expectations: list[Expectation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.baseline is not None and self.baseline not in self.measurements:
@@ -206,6 +208,7 @@ def document(name: str, question: str, result: Result, load_before: float) -> di
         "measurements": measurements,
         "expectations": [e.as_dict() for e in result.expectations],
         "notes": result.notes,
+        "columns": result.columns,
     }
 
 
@@ -236,18 +239,7 @@ def table(doc: Mapping[str, Any]) -> str:
     ]
     if doc["parameters"]:
         lines.append("  with      " + ", ".join(f"{k}={x}" for k, x in doc["parameters"].items()))
-    rows = [["", "median", "min", "q1", "q3", "max", "n", "ratio"]]
-    for name, m in doc["measurements"].items():
-        figures = [_show(m[key], m["unit"]) for key in ("median", "min", "q1", "q3", "max")]
-        ratio = f"{m['ratio']:.3f}" if "ratio" in m else ""
-        mark = " (baseline)" if name == doc["baseline"] else ""
-        rows.append([name + mark, *figures, str(m["n"]), ratio])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines.append("")
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
+    lines += ["", *(_grid(doc) if doc["columns"] else _statistics(doc))]
     lines += ["", *doc["notes"]] if doc["notes"] else []
     if doc["expectations"]:
         lines.append("")
@@ -256,6 +248,41 @@ def table(doc: Mapping[str, Any]) -> str:
             for e in doc["expectations"]
         ]
     return "\n".join(lines)
+
+
+def _statistics(doc: Mapping[str, Any]) -> list[str]:
+    """Lay out a row for each measurement."""
+    rows = [["", "median", "min", "q1", "q3", "max", "n", "ratio"]]
+    for name, m in doc["measurements"].items():
+        figures = [_show(m[key], m["unit"]) for key in ("median", "min", "q1", "q3", "max")]
+        ratio = f"{m['ratio']:.3f}" if "ratio" in m else ""
+        mark = " (baseline)" if name == doc["baseline"] else ""
+        rows.append([name + mark, *figures, str(m["n"]), ratio])
+    return _aligned(rows)
+
+
+def _grid(doc: Mapping[str, Any]) -> list[str]:
+    """Lay out a row for each case, of the medians of some of its quantities."""
+    cases: dict[str, dict[str, str]] = {}
+    for name, m in doc["measurements"].items():
+        case, _, quantity = name.partition(": ")
+        cases.setdefault(case, {})[quantity] = _show(m["median"], m["unit"])
+    columns = doc["columns"]
+    rows = [["", *columns]]
+    rows += [[case, *(found.get(q, "") for q in columns.values())] for case, found in cases.items()]
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align all columns, the first one to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -127,6 +127,25 @@ def test_run_prints_and_writes_everything(folder: Path, capsys: pytest.CaptureFi
     assert doc["expectations"][0]["holds"]
 
 
+def test_columns_show_a_row_a_case() -> None:
+    result = Result(
+        {
+            "small: time": Series((0.002,)),
+            "small: calls: map": Series((3.0,), ""),
+            "large: time": Series((1.0, 2.0, 3.0)),
+            "large: not shown": Series((7.0,), ""),
+        },
+        columns={"s": "time", "maps": "calls: map"},
+    )
+    doc = harness.document("name", "question?", result, 0.0)
+    assert harness.table(doc).splitlines()[-3:] == [
+        "          s  maps",
+        "small  2 ms     3",
+        "large   2 s",
+    ]
+    assert doc["measurements"]["large: not shown"]["median"] == 7.0
+
+
 def test_a_bound_that_does_not_hold_fails_the_run(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
