@@ -77,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plots.add_argument(parser)
     parser.add_argument("--full", action="store_true", help="all policies for all models")
     parser.add_argument(
-        "--quick", action="store_true", help=f"only the first {QUICK_REQUESTS} requests"
+        "--quick",
+        action="store_true",
+        help=f"only the first {QUICK_REQUESTS} requests, and one model",
     )
 
 
