@@ -56,8 +56,9 @@ static_assert(longest_run(~std::uint32_t{0}, 1000).length == kIdsPerWord);
 
 // `want` of the ids (all if there are no more), the longest runs first.
 constexpr std::uint32_t pick(std::uint32_t ids, std::uint32_t want) {
+  if (static_cast<std::uint32_t>(std::popcount(ids)) <= want) return ids;
   std::uint32_t picked = 0;
-  while (want != 0 && ids != 0) {
+  while (want != 0) {
     const Run run = longest_run(ids, want);
     picked |= run.mask();
     ids &= ~run.mask();
