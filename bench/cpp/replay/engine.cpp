@@ -97,6 +97,7 @@ class Engine {
       const bool is_alone = prefilling_.empty() && decoding_.empty();
       if (needed + kReserve * capacity_ > memory_.available_bytes() && !is_alone) return;
       queue_.pop_front();
+      if (saturated_ && result_.n_ticks == 0) age(id);
       call(
           [&] {
             memory_.begin(id, states_[id].to_prefill);
@@ -106,6 +107,16 @@ class Engine {
       states_[id].next_piece_s = now;
       prefilling_.push_back(id);
     }
+  }
+
+  // Some of its tokens are made already: those that all begin at once are not all of one age.
+  void age(std::size_t id) {
+    const double golden = static_cast<double>(id) * 0.618033988749895;
+    State& s = states_[id];
+    const auto n =
+        static_cast<std::int64_t>((golden - std::floor(golden)) * static_cast<double>(s.to_decode));
+    s.to_prefill += n;
+    s.to_decode -= n;
   }
 
   void prefill(double now) {
