@@ -219,6 +219,8 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   std::atomic<std::int64_t> shared_pages_{0};
   std::atomic<std::uint64_t> n_grown_late_{0};  // relaxed: a figure
   std::atomic<std::uint64_t> merged_pages_{0};  // likewise
+  // Of a lane, the mean of the live sequences that the background saw last. Relaxed: a rough one.
+  std::atomic<std::uint32_t> mean_pages_{0};
   MapperLog mapper_log_;
   // The background's alone: those that were found to need pages soon, the most urgent last, and
   // how long it takes until they are mapped; no more is mapped before `mapping_resumes_`.

@@ -24,9 +24,13 @@ namespace {
 using namespace std::chrono_literals;
 
 // How long it may take until a page is mapped: a look at all sequences and the pauses, and then all
-// of them at once. A driver takes some 0.1 ms for a frame (CUDA, 2 to 128 MiB; a host a tenth).
+// frames that will be needed soon, should it be at once: one for a sequence that is close to the
+// end of its pages, some for a piece of a prompt. A driver takes some 0.1 ms for a frame (CUDA, 2
+// to 128 MiB; a host a tenth).
 constexpr auto kLead = 8ms;
-constexpr auto kLeadPerSequence = 100us;
+constexpr auto kLeadPerFrame = 100us;
+constexpr std::int32_t kClose = Pace::kAnyPace.value;
+constexpr std::size_t kFramesPerPiece = 4;
 
 // Between two attempts to find memory.
 constexpr TimePoint::duration kFirstBackoff = 1ms, kLongestBackoff = 64ms;
@@ -68,7 +72,8 @@ WorkDone Cache::work_ahead(TimePoint now) noexcept {
 
 // Returns whether there are sequences at all, or pages to be unmapped.
 bool Cache::find_growing(TimePoint now) {
-  std::size_t n_live = 0;
+  std::size_t n_live = 0, n_frames = 0;
+  std::uint64_t n_pages = 0;
   bool keeps_too_much = false;
   for (std::size_t i = 0; i < slots_.size();) {
     const std::size_t end = std::min(slots_.size(), i + kSlotsAtOnce);
@@ -77,9 +82,11 @@ bool Cache::find_growing(TimePoint now) {
       const Slot& s = slots_[i];
       if (!s.live) continue;
       ++n_live;
+      n_pages += s.backed.value;
       if (s.kept > Pages(0)) list(SlotId(static_cast<std::int32_t>(i)));  // it may need them by now
       const Tokens length = s.live->tokens();
       const Tokens expected(s.live->announced.load(std::memory_order_relaxed));
+      n_frames += length < expected ? kFramesPerPiece : room_of(*s.live) < kClose ? 1 : 0;
       const Tokens ahead = s.live->pace.look(length, expected, now, lead_, prefill_);
       if (room_of(*s.live) < ahead.value && now >= mapping_resumes_) {
         growing_.push_back({s.live, length + ahead});
@@ -87,7 +94,9 @@ bool Cache::find_growing(TimePoint now) {
     }
     keeps_too_much = kept_ > keep_limit();
   }
-  lead_ = kLead + kLeadPerSequence * n_live;
+  lead_ = kLead + kLeadPerFrame * n_frames;
+  const std::size_t n_lanes = std::max<std::size_t>(n_live, 1) * space_->n_lanes();
+  mean_pages_.store(static_cast<std::uint32_t>(n_pages / n_lanes), std::memory_order_relaxed);
   std::ranges::stable_sort(growing_, std::greater{},
                            [](const Growing& g) { return room_of(*g.state); });
   return n_live > 0 || keeps_too_much;
@@ -115,9 +124,9 @@ bool Cache::map_next(const Growing& growing, TimePoint now) noexcept {
                       stride_end(lane, span, space_->pages_with_overread(lane, until))};
       if (until < announced) {
         // Whole large frames: what the piece leaves of them is for the next one.
-        const std::uint32_t n = std::max((range.last - range.first).value, 2u);
+        const std::uint32_t n = std::max((range.last - range.first).value, 4u);
         const std::uint32_t frame =
-            std::min(std::bit_floor(n) / 2, pages_of(store_->largest_class()).value);
+            std::min(std::bit_floor(n) / 4, pages_of(store_->largest_class()).value);
         range.last = std::min(Pages((range.last.value + frame - 1) / frame * frame),
                               space_->pages_with_overread(lane, announced));
       }

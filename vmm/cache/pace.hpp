@@ -38,12 +38,12 @@ class Pace {
       note(length, now);
       if (period_ > kUnknown && is_prompt(step_)) prefill.per_token = period_ / last_.value;
     }
-    if (length < expected && step_ == Tokens(0)) return std::min(kFirstPiece, expected - length);
+    if (length < expected && step_ == Tokens(0)) return piece(kFirstPiece, expected - length);
     if (length < expected && is_prompt(step_)) {
       // The next piece comes when this one is done.
       const auto period = period_ > kUnknown ? period_ : prefill.per_token * last_.value;
       const bool is_due = now + lead >= *at_ + period * 14 / 15;
-      return is_due ? std::min(step_, expected - length) : Tokens(0);
+      return is_due ? piece(step_, expected - length) : Tokens(0);
     }
     if (length == Tokens(0)) return Tokens(0);  // a prompt will come, and nobody knows how long
     if (period_ == kUnknown || is_prompt(step_)) return kAnyPace;
@@ -55,13 +55,19 @@ class Pace {
  private:
   static constexpr Clock::duration kUnknown{};
 
+  // Of a prompt that has so many tokens left. Behind its last piece come the first tokens at once.
+  static Tokens piece(Tokens most, Tokens left) { return left > most ? most : left + kAnyPace; }
+
   static bool is_prompt(Tokens step) { return step > kMostDecoded; }
 
   void note(Tokens length, Clock::time_point now) {
     const Tokens step = at_ ? length - length_ : Tokens(0);
     const bool goes_on =
         step > Tokens(0) && last_ > Tokens(0) && is_prompt(step) == is_prompt(last_);
-    period_ = goes_on ? now - *at_ : kUnknown;
+    const Clock::duration period = goes_on ? now - *at_ : kUnknown;
+    // Engines work in ticks, which a prompt's pieces are not in step with.
+    const bool is_averaged = goes_on && period_ > kUnknown && is_prompt(step);
+    period_ = is_averaged ? (3 * period_ + period) / 4 : period;
     // Steps of speculation differ: the longer of the last two.
     step_ = goes_on ? std::max(step, last_) : step;
     last_ = step;

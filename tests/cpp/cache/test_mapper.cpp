@@ -205,6 +205,40 @@ BOOST_AUTO_TEST_CASE(long_sequences_take_longer_strides) {
 }
 
 // Load: a thread that decodes, forks, truncates and releases while the background maps ahead.
+// A short sequence counts for little where the others are long.
+BOOST_AUTO_TEST_CASE(short_sequences_take_two_pages_among_long_ones) {
+  for (const bool has_long : {false, true}) {
+    Rig rig({.n_pages = 256, .largest_class = 1, .max_seq_len = 5000});
+    const auto other = rig.grown(1, has_long ? 4000 : 40);
+    const auto a = rig.grown(2, 20);
+    rig.store->background().turn();
+    a->extend(Tokens(100), {});  // 4.7 pages
+    BOOST_TEST(a->state()->capacity == (has_long ? 153 : 128));
+  }
+}
+
+// It takes its time to map for all that come to the end of their pages at once.
+BOOST_AUTO_TEST_CASE(the_more_frames_are_needed_soon_the_earlier_the_mapper_begins) {
+  using std::chrono::milliseconds;
+  for (const std::size_t n : {1u, 100u}) {
+    Rig rig({.n_pages = 512, .max_seqs = 128});
+    std::vector<std::shared_ptr<Sequence>> rows;
+    for (std::size_t i = 0; i < n; ++i) rows.push_back(rig.grown(1, 1));
+    const auto batch = rig.cache->batch(rows);
+    Background& background = rig.store->background();
+    TimePoint now{};
+    for (int length = 1; length < 25; ++length) {  // which is a page
+      batch->step(Tokens(1), {});
+      background.turn(now += milliseconds(100));
+    }
+    BOOST_TEST(rows[0]->state()->capacity == 25);
+    background.turn(now + milliseconds(60));
+    BOOST_TEST(rows[0]->state()->capacity == (n == 1 ? 25 : 51));
+    background.turn(now + milliseconds(68));
+    BOOST_TEST(rows[0]->state()->capacity == 51);
+  }
+}
+
 BOOST_AUTO_TEST_CASE(the_background_meets_every_other_call) {
   Rig rig({.n_pages = 96, .layers_per_page = 1, .max_seqs = 6});
   rig.store->background().start();

@@ -82,8 +82,20 @@ BOOST_AUTO_TEST_CASE(a_prompt_that_was_announced_comes_piece_by_piece) {
   BOOST_TEST(w.look_after(83ms) == 0);
   BOOST_TEST(w.look_after(2ms) == 1500);
   BOOST_TEST(w.grow_after(15ms, 1500) == 0);
-  BOOST_TEST(w.look_after(90ms) == 500);     // no more than there is
+  BOOST_TEST(w.look_after(90ms) == 508);     // what there is, and the tokens that follow at once
   BOOST_TEST(w.grow_after(10ms, 500) == 8);  // and now it decodes
+}
+
+// Of an engine's tick of 33 ms, which 8, 8 and 7 of them take.
+BOOST_AUTO_TEST_CASE(pieces_are_expected_after_their_mean_time) {
+  Watched w(100'000);
+  w.grow(0);
+  w.grow_after(5ms, 2048);
+  w.grow_after(264ms, 2048);
+  w.grow_after(264ms, 2048);
+  BOOST_TEST(w.grow_after(231ms, 2048) == 0);
+  BOOST_TEST(w.look_after(228ms) == 0);  // 14/15 of (3 * 264 + 231) / 4 ms, less the lead
+  BOOST_TEST(w.look_after(2ms) == 2048);
 }
 
 BOOST_AUTO_TEST_CASE(shrinking_makes_it_forget) {
