@@ -6,7 +6,8 @@
 // and is computed again.
 //
 // `saturated`: all requests wait from the beginning. What is counted begins when the memory has
-// been filled for the first time, and ends when no request waits any more.
+// been filled for the first time, and ends when no request waits any more. Those that are admitted
+// at once in the beginning are of every age.
 #pragma once
 
 #include <span>
@@ -19,7 +20,7 @@
 namespace kvspan::bench {
 
 inline constexpr double kTick = 1.0 / 30;
-inline constexpr double kWarmUp = 10;      // seconds of a saturated replay that do not count
+inline constexpr double kWarmUp = 20;      // seconds of a saturated replay that do not count
 inline constexpr double kSchedule = 5e-3;  // from the choice of requests to the launch of kernels
 inline constexpr double kPrefillTokensPerSecond = 8000;
 inline constexpr std::int64_t kPiece = 2048;
