@@ -135,7 +135,8 @@ struct Worker<MoodycamelQueue> {
     std::size_t n = 0;
     while (n < out.size()) {
       const std::size_t got = list.try_dequeue_bulk(consumer, out.data() + n, out.size() - n);
-      if (got == 0) break;
+      // Beside others it may find nothing where there is something.
+      if (got == 0 && list.size_approx() < out.size() - n) break;
       n += got;
     }
     if (n < out.size()) give(out.first(n));

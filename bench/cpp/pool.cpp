@@ -4,8 +4,8 @@
 //
 // Times are of free lists in one of two states. "steady": all frames were free in random order,
 // then requests of 1 to 32 came and went until half were in use. "scattered": a random half is in
-// use, which leaves the pool no long runs. Every list is checked before and after: all ids are
-// there, once each.
+// use, which leaves the pool no long runs. "steady, once shared": the pool's frames have all had
+// two references before. Every list is checked before and after: all ids are there, once each.
 #include <malloc.h>
 #include <sched.h>
 #include <time.h>
@@ -39,6 +39,7 @@ constexpr std::uint32_t kFrames = 1 << 20;
 constexpr std::uint32_t kManyFrames = 1 << 22;  // where memory is measured
 constexpr std::size_t kLargest = 32;            // frames of a request
 constexpr std::size_t kBatch = 16;
+constexpr const char* kOnceShared = "steady, once shared";
 constexpr auto kThreadsRun = std::chrono::milliseconds(20);
 constexpr timespec kStall = {.tv_sec = 0, .tv_nsec = 5'000'000};
 
@@ -122,9 +123,15 @@ class Subject {
 template <class List>
 class SubjectOf final : public Subject {
  public:
-  SubjectOf(std::string name, bool steady)
-      : name_(std::move(name)), state_(steady ? "steady" : "scattered") {
+  SubjectOf(std::string name, std::string state)
+      : name_(std::move(name)), state_(std::move(state)) {
+    const bool steady = state_ != "scattered";
     std::vector<FrameId> all = take_all();
+    if constexpr (std::is_same_v<List, FramePool>) {
+      if (state_ == kOnceShared) {
+        require(list_->share(all) == 0 && list_->give(all).freed == 0, name_);
+      }
+    }
     std::ranges::shuffle(all, random_);
     Worker<List> worker{*list_};
     if constexpr (Worker<List>::kChecks) {
@@ -341,9 +348,10 @@ int main(int argc, char** argv) {
   for_each_list(
       []<class List>(std::type_identity<List>, const char* name) { measure_memory<List>(name); });
   for_each_list([&]<class List>(std::type_identity<List>, const char* name) {
-    steady.push_back(std::make_unique<SubjectOf<List>>(name, true));
-    scattered.push_back(std::make_unique<SubjectOf<List>>(name, false));
+    steady.push_back(std::make_unique<SubjectOf<List>>(name, "steady"));
+    scattered.push_back(std::make_unique<SubjectOf<List>>(name, "scattered"));
   });
+  SubjectOf<FramePool> once_shared("frame pool", kOnceShared);
   const auto in_turn = [](auto& subjects, auto measure) {
     for (const auto& subject : subjects) measure(*subject);
     std::ranges::rotate(subjects, subjects.begin() + 1);  // another one is first next time
@@ -356,6 +364,7 @@ int main(int argc, char** argv) {
     for (const std::size_t n : {1u, 16u, 256u}) {
       in_turn(steady, [&](Subject& subject) { subject.pairs(n); });
       in_turn(scattered, [&](Subject& subject) { subject.pairs(n); });
+      once_shared.pairs(n);
     }
     in_turn(steady, [](Subject& subject) { subject.mixed(); });
     for (const std::size_t n : {1u, 16u}) {
@@ -369,5 +378,6 @@ int main(int argc, char** argv) {
   }
   in_turn(steady, [](Subject& subject) { subject.check(); });
   in_turn(scattered, [](Subject& subject) { subject.check(); });
+  once_shared.check();
   for (const auto& [name, samples] : measured) print_samples(name, samples.values, samples.unit);
 }

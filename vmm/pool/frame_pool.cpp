@@ -1,9 +1,11 @@
 // Whether a frame is free is said by the tree of ids alone: who adds an id that is there already
 // has given it twice, and sees so in the old bits, also when two threads race. So the common frame,
 // which one holder takes and gives back, costs no operation of its own: neighbours change together,
-// in one word. References beyond the first are counted beside.
+// in one word. References beyond the first are counted beside, and a bit for each frame, again with
+// its neighbours', says whether it was ever shared, so that most counts are never looked at.
 #include "pool/frame_pool.hpp"
 
+#include <bit>
 #include <limits>
 #include <string>
 
@@ -26,7 +28,7 @@ constexpr std::uint32_t kMostMore = std::numeric_limits<std::uint32_t>::max() - 
 class FramePool::Class {
  public:
   Class(SizeClass c, std::uint32_t capacity, std::uint32_t lend_from)
-      : ids_(c, capacity, lend_from), more_(capacity) {}
+      : ids_(c, capacity, lend_from), more_(capacity), shared_(capacity / kIdsPerWord + 1) {}
 
   bool take(std::span<FrameId> out) noexcept { return ids_.take(out); }
   bool take_recycled(std::span<FrameId> out) noexcept { return ids_.take_recycled(out); }
@@ -34,6 +36,11 @@ class FramePool::Class {
 
   bool share(std::uint32_t index) noexcept {
     if (!ids_.is_taken(index)) return false;
+    const auto shared = shared_[index / kIdsPerWord];
+    const std::uint32_t bit = std::uint32_t{1} << (index % kIdsPerWord);
+    // relaxed: who comes to hold a reference by this, or gives back the one that it came from, has
+    // heard of it.
+    if ((shared.load(relaxed) & bit) == 0) shared.fetch_or(bit, relaxed);
     const auto more = more_[index];
     std::uint32_t seen = more.load(relaxed);
     do {
@@ -45,7 +52,7 @@ class FramePool::Class {
 
   // All frames are of this class.
   IdPool::Given give(std::span<const FrameId> frames) noexcept {
-    return ids_.give(frames, [this](std::uint32_t index) { return drop_more(index); });
+    return ids_.give(frames, [this](IdBits ids) { return drop_more(ids); });
   }
 
   std::uint32_t references(std::uint32_t index) const noexcept {
@@ -59,6 +66,18 @@ class FramePool::Class {
   }
 
  private:
+  // Takes a reference away from those of the ids that have several, and returns these.
+  std::uint32_t drop_more(IdBits ids) noexcept {
+    // relaxed: see share.
+    const std::uint32_t perhaps = shared_[ids.word].load(relaxed) & ids.mask;
+    std::uint32_t kept = 0;
+    for (std::uint32_t left = perhaps; left != 0; left &= left - 1) {
+      const auto i = static_cast<std::uint32_t>(std::countr_zero(left));
+      if (drop_more(ids.word * kIdsPerWord + i)) kept |= left & -left;
+    }
+    return kept;
+  }
+
   // Takes one of several references away; false where there was one at most.
   bool drop_more(std::uint32_t index) noexcept {
     const auto more = more_[index];
@@ -72,7 +91,8 @@ class FramePool::Class {
   }
 
   IdPool ids_;
-  AtomicArray<std::uint32_t> more_;  // references beyond the first; 0 while an id is free
+  AtomicArray<std::uint32_t> more_;    // references beyond the first; 0 while an id is free
+  AtomicArray<std::uint32_t> shared_;  // a bit a frame: it was shared once, or several times
 };
 
 FramePool::FramePool(Pages capacity, SizeClass largest)

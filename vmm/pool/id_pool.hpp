@@ -69,12 +69,12 @@ class IdPool {
     std::uint32_t freed = 0;
     std::uint32_t refused = 0;
   };
-  // Gives ids back, but for those of which is_kept(index) says that they stay in use; it is asked
-  // once for each. One step for those in a row that share a word of the tree, and one for `admit`,
-  // after which they can be taken. Ids that are free already, or were never taken, are refused and
-  // left alone.
-  template <class IsKept>
-  Given give(std::span<const FrameId> ids, const IsKept& is_kept) noexcept {
+  // Gives ids back, but for those that stay in use: of some ids of one word, `kept_of(ids)` returns
+  // these as a mask; it is asked once for each. One step for those in a row that share a word of
+  // the tree, and one for `admit`, after which they can be taken. Ids that are free already, or
+  // were never taken, are refused and left alone.
+  template <class KeptOf>
+  Given give(std::span<const FrameId> ids, const KeptOf& kept_of) noexcept {
     Given given;
     // Of a moment when all that are given had been taken.
     const std::uint32_t bump = admission().bump;
@@ -84,21 +84,20 @@ class IdPool {
       std::uint32_t n = 0;
       for (; id != ids.end() && id->index() / kIdsPerWord == bits.word; ++id) {
         const std::uint32_t bit = std::uint32_t{1} << (id->index() % kIdsPerWord);
-        if (id->index() >= bump) {
-          ++given.refused;
-        } else if (!is_kept(id->index())) {
-          given.refused += (bits.mask & bit) != 0;
-          n += (bits.mask & bit) == 0;
-          bits.mask |= bit;
-        }
+        if ((bits.mask & bit) != 0) break;  // twice in a row: the next round refuses it
+        bits.mask |= bit;
+        ++n;
       }
+      if (bits.word >= bump / kIdsPerWord) [[unlikely]] {
+        given.refused += remove(fresh_ids(bits.word, bump), bits, n);
+        if (bits.mask == 0) continue;
+      }
+      if (const std::uint32_t kept = kept_of(bits); kept != 0) [[unlikely]]
+        remove(kept, bits, n);
       if (bits.mask == 0) continue;
       const BitmapTree::Added added = tree_.set(bits);
-      if (added.already != 0) [[unlikely]] {
-        const auto n_already = static_cast<std::uint32_t>(std::popcount(added.already));
-        given.refused += n_already;
-        n -= n_already;
-      }
+      if (added.already != 0) [[unlikely]]
+        given.refused += remove(added.already, bits, n);
       given.freed += n;
       if (!added.is_lent) n_open += n;
     }
@@ -154,6 +153,21 @@ class IdPool {
       for (std::uint32_t i = 0; i < run.length; ++i) *next++ = FrameId(class_, first + i);
     });
     return out.subspan(static_cast<std::size_t>(next - out.data()));
+  }
+
+  // Of the word, those that were not taken yet.
+  static constexpr std::uint32_t fresh_ids(std::uint32_t word, std::uint32_t bump) {
+    const std::uint32_t first = word * kIdsPerWord;
+    if (bump <= first) return ~std::uint32_t{0};
+    return bump - first < kIdsPerWord ? ~std::uint32_t{0} << (bump - first) : 0;
+  }
+
+  // Takes `ids` out of the `n` that `bits` has. Returns how many these were.
+  static std::uint32_t remove(std::uint32_t ids, IdBits& bits, std::uint32_t& n) {
+    const auto n_removed = static_cast<std::uint32_t>(std::popcount(bits.mask & ids));
+    bits.mask &= ~ids;
+    n -= n_removed;
+    return n_removed;
   }
 
   // From this thread's magazine, if that has as many side by side.

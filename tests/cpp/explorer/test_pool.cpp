@@ -306,6 +306,20 @@ Scenario a_frame_is_shared_twice() {
           [=] { require(frames->pool().references(held[0]) == 3, "a reference is lost"); }};
 }
 
+// Two neighbours are shared for the first time.
+Scenario neighbours_are_shared() {
+  const auto frames = std::make_shared<Frames>(2);
+  Scenario scenario;
+  for (const FrameId frame : frames->take(2)) {
+    scenario.threads.push_back([=] {
+      require(frames->pool().share({&frame, 1}) == 0, "a frame in use is refused");
+      frames->give_unused({&frame, 1});
+    });
+  }
+  scenario.finally = [=] { frames->check(2); };
+  return scenario;
+}
+
 // One free frame and a fresh one: who wants the fresh one gets it, or who wants both does.
 Scenario fresh_frames_are_taken() {
   const auto frames = std::make_shared<Frames>(2);
@@ -346,6 +360,7 @@ const Explored kExplored[] = {
     {"two holders", two_holders, {3, 1}},
     {"a shared frame is given", a_shared_frame_is_given},
     {"a frame is shared twice", a_frame_is_shared_twice},
+    {"neighbours are shared", neighbours_are_shared, {4, 2}},
     {"fresh frames are taken", fresh_frames_are_taken},
     {"a batch has two words", a_batch_has_two_words, {4, 2}},
     {"a count follows what it counts", a_count_follows_what_it_counts},

@@ -24,7 +24,7 @@ void set_id(BitmapTree& tree, std::uint32_t id) {
 IdPool::Given give(IdPool& pool, std::initializer_list<std::uint32_t> indices) {
   std::vector<FrameId> ids;
   for (const std::uint32_t index : indices) ids.emplace_back(SizeClass(0), index);
-  return pool.give(ids, [](std::uint32_t) { return false; });
+  return pool.give(ids, [](IdBits) { return 0u; });
 }
 
 // Claims until there is nothing left, by hints alone. Returns how often each id came.
