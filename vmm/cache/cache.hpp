@@ -153,6 +153,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   void follow(SequenceState& state, Stream stream);
   void update_mapped(SlotId id);
   void list(SlotId id) noexcept;
+  bool is_memory_ample() const;  // not under mutex_ either
   Pages keep_limit() const;
   void limit_kept() noexcept;
   struct Dropped {
@@ -182,7 +183,9 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   void note_grown(std::span<SequenceState* const> states);  // once the lengths are what they are
   bool try_grow(std::span<SequenceState* const> states, Tokens n, Stream stream, Effort effort);
   void plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream stream, Effort effort);
-  Pages stride_end(std::size_t lane, const Span& span, Pages needed) const;
+  // The end of the stride that covers `needed` pages: of one in so many of them, or a little more.
+  static constexpr std::uint32_t kStrideOneIn = 256;
+  Pages stride_end(std::size_t lane, const Span& span, Pages needed, std::uint32_t one_in) const;
   // The mapper's (mapper.cpp).
   struct Growing {
     std::shared_ptr<SequenceState> state;

@@ -52,9 +52,9 @@ void Cache::grow(std::span<SequenceState* const> states, Tokens n, Stream stream
     tables.emplace_back(state->table);  // which may have to wait for the mapper
     short_of_room.push_back(state);
   }
-  // Room to spare is welcome but not worth taking anything away from anybody.
+  // Room to spare is welcome, but not worth what somebody is expected to use.
   const bool may_spare = store_->largest_class() > SizeClass(0);
-  if (!may_spare || !try_grow(short_of_room, n, stream, Effort::spare)) {
+  if (!may_spare || !try_grow(short_of_room, n, stream, Effort::kept)) {
     try_grow(short_of_room, n, stream, Effort::all);
   }
   n_grown_late_.fetch_add(1, std::memory_order_relaxed);
@@ -96,7 +96,7 @@ bool Cache::try_grow(std::span<SequenceState* const> states, Tokens n, Stream st
     update_capacity(*state);
     mapper_log_.note({now, MapperEvent::Kind::late, state->slot, slot(state->slot).backed - before,
                       Tokens(room)});
-    if (effort != Effort::spare) continue;
+    if (effort == Effort::all) continue;
     note_ahead(*state);
     // What is left over may be taken back before it is ever used, but not under what fills it.
     if (!edit.has_queued_work()) continue;
@@ -116,8 +116,9 @@ void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream
   for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
     const Span& span = space_->span(state.slot, lane);
     const Pages needed = space_->pages_with_overread(lane, length + n);
-    const PageRange range{space_->page_of(lane, length),
-                          effort == Effort::spare ? stride_end(lane, span, needed) : needed};
+    const PageRange range{
+        space_->page_of(lane, length),
+        effort != Effort::all ? stride_end(lane, span, needed, kStrideOneIn) : needed};
     space_->back(edit, state.slot, lane, range);
     bool is_in_the_way = false;
     for (Pages page = range.first; page < range.last; ++page) {
@@ -136,18 +137,18 @@ void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream
   }
 }
 
-Pages Cache::stride_end(std::size_t lane, const Span& span, Pages needed) const {
+Pages Cache::stride_end(std::size_t lane, const Span& span, Pages needed,
+                        std::uint32_t one_in) const {
   // A longer sequence grows in longer strides, each one frame: a call costs per frame, whatever its
   // size. Half a stride is unused on average: 1% of 48 pages, and 0.2% at most from 256 on. What
   // counts is the sum, so among longer sequences a short one may grow by two pages as well.
   // Strides end at multiples of themselves, so that frames of that size are all that is needed.
-  constexpr std::uint32_t kTwoFrom = 48, kStrideOneIn = 256;
+  constexpr std::uint32_t kTwoFrom = 48;
   if (needed <= span.end()) return needed;
   const std::uint32_t usual = mean_pages_.load(std::memory_order_relaxed);
   const std::uint32_t least = std::max(needed.value, usual) < kTwoFrom ? 1u : 2u;
-  const std::uint32_t stride =
-      std::min(std::max(std::bit_floor(needed.value / kStrideOneIn), least),
-               pages_of(store_->largest_class()).value);
+  const std::uint32_t stride = std::min(std::max(std::bit_floor(needed.value / one_in), least),
+                                        pages_of(store_->largest_class()).value);
   const Pages limit = space_->pages_with_overread(lane, space_->options().max_seq_len);
   return std::min(Pages((needed.value + stride - 1) / stride * stride), limit);
 }

@@ -3,11 +3,12 @@
 // the steps of the sequences it works for.
 //
 // Mapping: a sequence gets the pages for which it will soon have tokens, as its pace tells
-// (cache/pace.hpp): the next one of a decoding sequence, or the next stride of a long one; the next
-// piece of a prompt that was announced. Only pages that nobody has touched yet are mapped, so no
-// work on the device can be in the way. For that it takes what is free, may be created, or is kept
-// for nobody in particular; what does not work out is left to the call that needs it, which also
-// reports it. When there is nothing to take, it pauses, longer each time.
+// (cache/pace.hpp): the next one of a decoding sequence, or the next stride of a long one, and a
+// longer stride while memory is ample; the next piece of a prompt that was announced. Only pages
+// that nobody has touched yet are mapped, so no work on the device can be in the way. For that it
+// takes what is free, may be created, or is kept for nobody in particular; what does not work out
+// is left to the call that needs it, which also reports it. When there is nothing to take, it
+// pauses, longer each time.
 //
 // Unmapping: what free slots keep over the limit, when the work that used it is done, a few frames
 // at a time, and only when nothing is left to map.
@@ -31,6 +32,10 @@ constexpr auto kLead = 8ms;
 constexpr auto kLeadPerFrame = 100us;
 constexpr std::int32_t kClose = Pace::kAnyPace.value;
 constexpr std::size_t kFramesPerPiece = 4;
+
+// How long strides are while memory is ample: what they leave over is as good then as what free
+// slots keep, and a driver takes a stride of any length for one frame.
+constexpr std::uint32_t kAmpleStrideOneIn = 8;
 
 // Between two attempts to find memory.
 constexpr TimePoint::duration kFirstBackoff = 1ms, kLongestBackoff = 64ms;
@@ -118,10 +123,11 @@ bool Cache::map_next(const Growing& growing, TimePoint now) noexcept {
     const Stream stream = store_->backend().own_stream();
     Edit edit(*store_, space_->account(), stream, Effort::kept);
     const Tokens announced(state.announced.load(std::memory_order_relaxed));
+    const std::uint32_t one_in = is_memory_ample() ? kAmpleStrideOneIn : kStrideOneIn;
     for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
       const Span& span = space_->span(state.slot, lane);
       PageRange range{space_->page_of(lane, capacity),
-                      stride_end(lane, span, space_->pages_with_overread(lane, until))};
+                      stride_end(lane, span, space_->pages_with_overread(lane, until), one_in)};
       if (until < announced) {
         // Whole large frames: what the piece leaves of them is for the next one.
         const std::uint32_t n = std::max((range.last - range.first).value, 4u);

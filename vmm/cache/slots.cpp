@@ -193,15 +193,18 @@ void Cache::list(SlotId id) noexcept {
   }
 }
 
+bool Cache::is_memory_ample() const {
+  if (keep_) return false;
+  const FrameStore::Counts counts = store_->counts();
+  return (counts.capacity - counts.in_use).value >= counts.capacity.value / kAmpleOneIn;
+}
+
 Pages Cache::keep_limit() const {
   if (keep_) {
     return Pages(static_cast<std::uint32_t>(
         std::min<std::uint64_t>(keep_->value / space_->page_size().value, UINT32_MAX)));
   }
-  const FrameStore::Counts counts = store_->counts();
-  if ((counts.capacity - counts.in_use).value >= counts.capacity.value / kAmpleOneIn) {
-    return Pages(UINT32_MAX);
-  }
+  if (is_memory_ample()) return Pages(UINT32_MAX);
   const auto share = mapped_pages_.load(std::memory_order_relaxed) / kKeepOneIn;
   return std::max(Pages(static_cast<std::uint32_t>(share)),
                   Pages(static_cast<std::uint32_t>(space_->n_lanes()) * kKeepPagesPerLane));

@@ -64,16 +64,10 @@ void FrameStore::take(std::span<const Gap> gaps, std::vector<Taken>& out, Effort
     if (try_take(gaps, out, Breaking::no)) return;
   } catch (const OutOfMemory&) {
     out.resize(before);
-    if (effort == Effort::spare) throw;
   }
 
   Pages wanted{};
   for (const Gap& gap : gaps) wanted += gap.pages;
-  if (effort == Effort::spare) {
-    const Counts now = counts();
-    throw OutOfMemory(size_of(wanted, page_size_), now.capacity - now.in_use, Bytes(0),
-                      "nothing is taken from others ahead of need");
-  }
   const std::scoped_lock lock(pressure_);
   const Counts before_reclaiming = counts();
   const Bytes unused = before_reclaiming.capacity - before_reclaiming.in_use;

@@ -53,9 +53,8 @@ using OwnerTag = Id<struct OwnerTagTag, std::uint32_t>;
 
 // How hard `take` tries.
 enum class Effort : std::uint8_t {
-  spare,  // only what is free or may be created
-  kept,   // also what reclaimers keep for nobody in particular
-  all,    // also all else that they can do without
+  kept,  // what is free, may be created, or is kept by reclaimers for nobody in particular
+  all,   // also all else that they can do without
 };
 
 class FrameStore {

@@ -204,7 +204,6 @@ BOOST_AUTO_TEST_CASE(long_sequences_take_longer_strides) {
   BOOST_TEST(figures_add_up(rig));
 }
 
-// Load: a thread that decodes, forks, truncates and releases while the background maps ahead.
 // A short sequence counts for little where the others are long.
 BOOST_AUTO_TEST_CASE(short_sequences_take_two_pages_among_long_ones) {
   for (const bool has_long : {false, true}) {
@@ -215,6 +214,34 @@ BOOST_AUTO_TEST_CASE(short_sequences_take_two_pages_among_long_ones) {
     a->extend(Tokens(100), {});  // 4.7 pages
     BOOST_TEST(a->state()->capacity == (has_long ? 153 : 128));
   }
+}
+
+// What a long stride leaves over costs nothing then, and the next sequence in the slot may need it.
+BOOST_AUTO_TEST_CASE(strides_are_an_eighth_while_memory_is_ample) {
+  const auto pages_ahead_of = [](std::uint32_t n_pages, std::optional<Bytes> keep) {
+    Rig rig({.n_pages = n_pages, .largest_class = 4, .keep = keep, .max_seq_len = 5000});
+    const auto a = rig.grown(1, 2046);  // two tokens less than 80 pages
+    rig.store->background().turn();
+    BOOST_TEST(figures_add_up(rig));
+    return rig.cache->figures().ahead.value / kTestPage.value;
+  };
+  BOOST_TEST(pages_ahead_of(256, {}) == 8u);
+  BOOST_TEST(pages_ahead_of(256, kTestPage) == 2u);
+  BOOST_TEST(pages_ahead_of(100, {}) == 2u);
+}
+
+// A call that comes too late takes a whole stride from what free slots keep: if it took a page, the
+// next one would come too late as well.
+BOOST_AUTO_TEST_CASE(a_late_call_takes_a_stride_of_what_is_kept) {
+  Rig rig({.n_pages = 100, .largest_class = 1, .keep = kTestPage * 40, .max_seq_len = 5000});
+  const auto a = rig.grown(1, 1536);  // 60 pages
+  rig.grown(2, 1024)->release({});    // 40 pages
+  BOOST_TEST((rig.cache->figures().kept == kTestPage * 40));
+  a->extend(Tokens(1), {});
+  BOOST_TEST(a->state()->capacity == 62 * 256 / 10);
+  BOOST_TEST((rig.cache->figures().kept == kTestPage * 38));
+  BOOST_TEST(rig.holds(*a, 1, 0, 1536));
+  BOOST_TEST(figures_add_up(rig));
 }
 
 // It takes its time to map for all that come to the end of their pages at once.
@@ -239,6 +266,7 @@ BOOST_AUTO_TEST_CASE(the_more_frames_are_needed_soon_the_earlier_the_mapper_begi
   }
 }
 
+// Load: a thread that decodes, forks, truncates and releases while the background maps ahead.
 BOOST_AUTO_TEST_CASE(the_background_meets_every_other_call) {
   Rig rig({.n_pages = 96, .layers_per_page = 1, .max_seqs = 6});
   rig.store->background().start();
