@@ -25,6 +25,7 @@ Background::~Background() {
     stop();
   } else {
     static_cast<void>(thread_.release());
+    static_cast<void>(woken_.release());
   }
 }
 
@@ -49,7 +50,7 @@ void Background::stop() noexcept {
     is_running_.store(false, std::memory_order_relaxed);
     thread.swap(thread_);
   }
-  woken_.notify_one();
+  woken_->notify_one();
   if (thread) thread->join();
 }
 
@@ -59,7 +60,7 @@ void Background::wake() noexcept {
     if (!thread_ || is_woken_) return;
     is_woken_ = true;
   }
-  woken_.notify_one();
+  woken_->notify_one();
 }
 
 void Background::add(Worker* worker) {
@@ -101,12 +102,12 @@ void Background::run() noexcept {
     std::unique_lock lock(sleep_);
     const auto is_over = [&] { return is_woken_ || is_stopping_; };
     if (done.has_more) {
-      if (has_launches) woken_.wait_for(lock, kBetweenPieces, [&] { return is_stopping_; });
+      if (has_launches) woken_->wait_for(lock, kBetweenPieces, [&] { return is_stopping_; });
     } else if (done.is_idle) {
-      woken_.wait(lock, is_over);
+      woken_->wait(lock, is_over);
     } else {
-      woken_.wait_for(lock, done.n_frames > 0 ? kShortPause : kLongPause,
-                      [&] { return is_stopping_; });
+      woken_->wait_for(lock, done.n_frames > 0 ? kShortPause : kLongPause,
+                       [&] { return is_stopping_; });
     }
     is_woken_ = false;
     if (is_stopping_) return;

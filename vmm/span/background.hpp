@@ -88,7 +88,9 @@ class Background {
   std::vector<Worker*> workers_;
 
   std::mutex sleep_;  // guards what follows
-  std::condition_variable woken_;
+  // Owned apart: destroying a condition waits for those who wait on it, which a child of fork(2)
+  // would do for ever.
+  std::unique_ptr<std::condition_variable> woken_ = std::make_unique<std::condition_variable>();
   bool is_woken_ = false;
   bool is_stopping_ = false;
   std::unique_ptr<std::thread> thread_;
