@@ -115,10 +115,10 @@ void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream
   bool has_waited = false;
   for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
     const Span& span = space_->span(state.slot, lane);
-    const Pages needed = space_->pages_with_overread(lane, length + n);
-    const PageRange range{
-        space_->page_of(lane, length),
-        effort != Effort::all ? stride_end(lane, span, needed, kStrideOneIn) : needed};
+    const PageRange range{space_->page_of(lane, length),
+                          effort == Effort::all
+                              ? space_->pages_with_overread(lane, length + n)
+                              : stride_end(state, lane, length + n, kStrideOneIn)};
     space_->back(edit, state.slot, lane, range);
     bool is_in_the_way = false;
     for (Pages page = range.first; page < range.last; ++page) {
@@ -137,20 +137,32 @@ void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream
   }
 }
 
-Pages Cache::stride_end(std::size_t lane, const Span& span, Pages needed,
+Pages Cache::stride_end(const SequenceState& state, std::size_t lane, Tokens until,
                         std::uint32_t one_in) const {
+  const Pages end = space_->span(state.slot, lane).end();
+  const Pages needed = space_->pages_with_overread(lane, until);
+  if (needed <= end) return needed;
+  const std::uint32_t largest = pages_of(store_->largest_class()).value;
+  const auto strides_of = [&](std::uint32_t stride, Tokens limit) {
+    stride = std::min(stride, largest);
+    return std::min(Pages((needed.value + stride - 1) / stride * stride),
+                    space_->pages_with_overread(lane, limit));
+  };
+  const std::uint32_t stride_for_length = std::bit_floor(needed.value / one_in);
+  const Tokens announced(state.announced.load(std::memory_order_relaxed));
+  if (until < announced) {
+    // Whole large frames: what this piece of the prompt leaves of them is for the next one.
+    const std::uint32_t piece = std::max((needed - end).value, 4u);
+    return strides_of(std::max(stride_for_length, std::bit_floor(piece) / 4), announced);
+  }
   // A longer sequence grows in longer strides, each one frame: a call costs per frame, whatever its
   // size. Half a stride is unused on average: 1% of 48 pages, and 0.2% at most from 256 on. What
   // counts is the sum, so among longer sequences a short one may grow by two pages as well.
   // Strides end at multiples of themselves, so that frames of that size are all that is needed.
   constexpr std::uint32_t kTwoFrom = 48;
-  if (needed <= span.end()) return needed;
-  const std::uint32_t usual = mean_pages_.load(std::memory_order_relaxed);
-  const std::uint32_t least = std::max(needed.value, usual) < kTwoFrom ? 1u : 2u;
-  const std::uint32_t stride = std::min(std::max(std::bit_floor(needed.value / one_in), least),
-                                        pages_of(store_->largest_class()).value);
-  const Pages limit = space_->pages_with_overread(lane, space_->options().max_seq_len);
-  return std::min(Pages((needed.value + stride - 1) / stride * stride), limit);
+  const std::uint32_t mean = mean_pages_.load(std::memory_order_relaxed);
+  const std::uint32_t least = std::max(needed.value, mean) < kTwoFrom ? 1u : 2u;
+  return strides_of(std::max(stride_for_length, least), space_->options().max_seq_len);
 }
 
 void Cache::commit(Edit& edit) {

@@ -13,7 +13,6 @@
 // Unmapping: what free slots keep over the limit, when the work that used it is done, a few frames
 // at a time, and only when nothing is left to map.
 #include <algorithm>
-#include <bit>
 #include <functional>
 
 #include "cache/cache.hpp"
@@ -122,20 +121,11 @@ bool Cache::map_next(const Growing& growing, TimePoint now) noexcept {
   try {
     const Stream stream = store_->backend().own_stream();
     Edit edit(*store_, space_->account(), stream, Effort::kept);
-    const Tokens announced(state.announced.load(std::memory_order_relaxed));
     const std::uint32_t one_in = is_memory_ample() ? kAmpleStrideOneIn : kStrideOneIn;
     for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
       const Span& span = space_->span(state.slot, lane);
-      PageRange range{space_->page_of(lane, capacity),
-                      stride_end(lane, span, space_->pages_with_overread(lane, until), one_in)};
-      if (until < announced) {
-        // Whole large frames: what the piece leaves of them is for the next one.
-        const std::uint32_t n = std::max((range.last - range.first).value, 4u);
-        const std::uint32_t frame =
-            std::min(std::bit_floor(n) / 4, pages_of(store_->largest_class()).value);
-        range.last = std::min(Pages((range.last.value + frame - 1) / frame * frame),
-                              space_->pages_with_overread(lane, announced));
-      }
+      const PageRange range{space_->page_of(lane, capacity),
+                            stride_end(state, lane, until, one_in)};
       for (Pages page = range.first; page < range.last; ++page) {
         // That would have to be unmapped first, which has to wait for work on the device.
         if (space_->is_in_the_way(span, page)) return false;

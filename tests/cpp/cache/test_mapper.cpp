@@ -107,6 +107,23 @@ BOOST_AUTO_TEST_CASE(an_announced_prompt_finds_its_pages_mapped) {
   BOOST_TEST(figures_add_up(rig));
 }
 
+// What a piece of it leaves of a large frame is for the next one, whoever maps it.
+BOOST_AUTO_TEST_CASE(pieces_of_an_announced_prompt_take_large_frames) {
+  struct Prompt {
+    std::int64_t announced;
+    std::uint64_t n_pages, n_frames;
+  };
+  for (const auto& [announced, n_pages, n_frames] :
+       {Prompt{0, 41, 4}, Prompt{1200, 47, 6}, Prompt{4500, 48, 3}}) {
+    Rig rig({.n_pages = 200, .largest_class = 4, .max_seq_len = 5000});
+    const auto a = rig.cache->sequence(Tokens(announced));
+    a->extend(Tokens(1040), {});  // 40.6 pages
+    BOOST_TEST((rig.cache->figures().mapped == kTestPage * n_pages));
+    BOOST_TEST(rig.backend->calls().of(Call::map).handles == n_frames);
+    BOOST_TEST(figures_add_up(rig));
+  }
+}
+
 // What a released sequence's slot keeps is unmapped once its work is done, a few frames at a time.
 BOOST_AUTO_TEST_CASE(the_background_unmaps_what_is_kept) {
   Rig rig({.n_pages = 100, .keep = Bytes(0), .max_seq_len = 5000});
