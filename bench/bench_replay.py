@@ -58,7 +58,8 @@ REAL_TIME_QUICK = ("emulator@10", "host@100")
 DRAWN = ("blocks", "auto", "per-layer", "kvcached", "vattention", *REAL_TIME)
 REAL_TIME_FULL = ("emulator@3", "emulator@30", "emulator@100", "host@3", "host@10", "host@30")
 HOST_PAGES_KIB = (64, 512)
-FRAMES = (0, 3)  # largest classes, beside the default of 6: 2 MiB, 16 MiB, 128 MiB
+FRAMES = (0, 3)  # largest classes, beside the usual 6: 2 MiB, 16 MiB, 128 MiB
+HOST_DEFAULT = (2048, 0)  # a host's pool has frames of one page unless it is told otherwise
 QUICK_REQUESTS = 64
 # A trace that has fewer is repeated: hundreds of them fit at once.
 MANY_REQUESTS, FEW_REQUESTS = 8192, 2048
@@ -110,7 +111,9 @@ def cases(full: bool, quick: bool) -> list[tuple[str, str, str, tuple[int, ...]]
         # Without a beginning that takes its time.
         return [*found, *((MODELS[0], memory, "arriving", ()) for memory in REAL_TIME_QUICK)]
     real_time = (*REAL_TIME, *(REAL_TIME_FULL if full else ()))
-    return [*found, *((MODELS[0], memory, "saturated", ()) for memory in real_time)]
+    found += [(MODELS[0], memory, "saturated", ()) for memory in real_time]
+    hosts = [memory for memory in real_time if memory.startswith("host")]
+    return [*found, *((MODELS[0], memory, "saturated", HOST_DEFAULT) for memory in hosts)]
 
 
 def label(model: str, memory: str, mode: str, sizes: tuple[int, ...]) -> str:

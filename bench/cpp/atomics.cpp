@@ -106,7 +106,7 @@ Counted count(const std::function<void(const std::function<void()>&)>& scene) {
 }
 
 struct Scene {
-  Scene() {
+  explicit Scene(std::optional<Bytes> keep = {}) {
     auto backend = std::make_unique<bench::NullBackend>();
     const Bytes capacity = backend->traits().page_size * kFrames;
     store = std::make_shared<FrameStore>(std::move(backend), capacity, SizeClass(0));
@@ -116,6 +116,7 @@ struct Scene {
     options.max_seqs = 1025;
     options.max_seq_len = Tokens(kPage * 256);
     options.layers_per_page = 32;
+    options.keep = keep;
     cache = Cache::make(store, options);
     sequence = cache->sequence(Tokens(0));
     sequence->extend(Tokens(1), {});
@@ -179,7 +180,7 @@ int main() {
           mark();
         }));
   print("release, 63 pages given back", count([](const Mark& mark) {
-          const Scene scene;
+          const Scene scene(bench::NullBackend().traits().page_size);
           scene.sequence->extend(Tokens(kPage * 64), {});
           mark();
           scene.sequence->release({});
