@@ -9,7 +9,8 @@ code is ("pages mapped a second of its own time").
 
 Waste is 1 - live token bytes / mapped bytes, time-weighted, all terms shown. "saturated": 60 GiB,
 and all requests wait from the beginning. "arriving": they come when the trace says, and memory is
-ample. Calls are a GPU's, one for each frame, or a host's ("host"), one for each run of frames.
+ample. Calls are counted as a GPU's, one for each frame, or as a host's ("host"), one for each run
+of frames; frames are up to 128 MiB, and each takes a GPU's time.
 
 "host@10", "emulator@10": the same in real time, ten times as fast as the requests came, the pool's
 own thread beside the engine. On the host with real memory, all 32 times smaller; on the driver
@@ -57,7 +58,7 @@ REAL_TIME = ("emulator@1", "emulator@10", "host@1", "host@100")
 REAL_TIME_QUICK = ("emulator@10", "host@100")
 DRAWN = ("blocks", "auto", "per-layer", "kvcached", "vattention", *REAL_TIME)
 REAL_TIME_FULL = ("emulator@3", "emulator@30", "emulator@100", "host@3", "host@10", "host@30")
-HOST_PAGES_KIB = (64, 512)
+PAGES_KIB = (4096, 8192, 16384)  # beside 2 MiB, the least that a GPU has
 FRAMES = (0, 3)  # largest classes, beside the usual 6: 2 MiB, 16 MiB, 128 MiB
 HOST_DEFAULT = (2048, 0)  # a host's pool has frames of one page unless it is told otherwise
 QUICK_REQUESTS = 64
@@ -105,7 +106,7 @@ def cases(full: bool, quick: bool) -> list[tuple[str, str, str, tuple[int, ...]]
         found.append((model, "auto", "arriving", ()))
         if is_first or full:
             found += [(model, memory, "saturated", ()) for memory in (*OTHERS, *LAYOUTS)]
-            found += [(model, "host", "saturated", (kib,)) for kib in HOST_PAGES_KIB]
+            found += [(model, "auto", "saturated", (kib,)) for kib in PAGES_KIB]
             found += [(model, "auto", "saturated", (2048, largest)) for largest in FRAMES]
     if quick:
         # Without a beginning that takes its time.
@@ -120,7 +121,7 @@ def label(model: str, memory: str, mode: str, sizes: tuple[int, ...]) -> str:
     """Name a case."""
     words = [model, memory]
     if len(sizes) == 1:
-        words.append(f"pages of {sizes[0]} KiB")
+        words.append(f"pages of {sizes[0] >> 10} MiB")
     if len(sizes) == 2:
         words.append(f"frames to {sizes[0] << sizes[1] >> 10} MiB")
     return ", ".join([*words, mode])

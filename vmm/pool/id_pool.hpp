@@ -92,12 +92,14 @@ class IdPool {
         given.refused += remove(fresh_ids(bits.word, bump), bits, n);
         if (bits.mask == 0) continue;
       }
-      if (const std::uint32_t kept = kept_of(bits); kept != 0) [[unlikely]]
+      if (const std::uint32_t kept = kept_of(bits); kept != 0) [[unlikely]] {
         remove(kept, bits, n);
+      }
       if (bits.mask == 0) continue;
       const BitmapTree::Added added = tree_.set(bits);
-      if (added.already != 0) [[unlikely]]
+      if (added.already != 0) [[unlikely]] {
         given.refused += remove(added.already, bits, n);
+      }
       given.freed += n;
       if (!added.is_lent) n_open += n;
     }
