@@ -50,7 +50,7 @@ struct CacheOptions {
   // where zeros have to be mapped; elsewhere all of the slot reads as zeros.
   std::optional<Tokens> static_len{};
   Scrub scrub = Scrub::cross;
-  std::optional<Bytes> keep;  // the most that is kept mapped for later; none: 2% of what is mapped
+  std::optional<Bytes> keep;  // the most that is kept mapped for later; none: see keep_limit
 };
 
 // All in bytes as page tables show them: mapped = used + partial + ahead + kept. `prefix` is what
