@@ -133,6 +133,8 @@ class SpanKV:
             dtype=torch.float32,
             max_seqs=max_rows,
             max_seq_len=max_tokens,
+            # As where memory is in demand: an ample pool keeps all that was ever mapped.
+            keep=self.pool.page_size,
         )
         self._layers = [self.cache.layer(i) for i in range(config.n_layers)]
         self.step_s: list[float] = []  # what each `batch.step` took
