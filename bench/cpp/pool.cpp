@@ -2,7 +2,7 @@
 // what goes on while a thread is stopped in the middle of it, in how many runs of adjacent frames a
 // batch lies, and what a frame costs in memory.
 //
-// Times are of free lists in one of two states. "steady": all frames were free in random order,
+// Times are of free lists in one of three states. "steady": all frames were free in random order,
 // then requests of 1 to 32 came and went until half were in use. "scattered": a random half is in
 // use, which leaves the pool no long runs. "steady, once shared": the pool's frames have all had
 // two references before. Every list is checked before and after: all ids are there, once each.

@@ -9,7 +9,7 @@ namespace kvspan {
 namespace {
 
 // What is kept mapped costs nothing as long as so much of the pool is unused. From then on it is
-// waste until it is used again, so it is held to half a percent of what is mapped, or a few pages a
+// waste until it is used again, so it is held to a thousandth of what is mapped, or a few pages a
 // lane where that is next to nothing. What a live sequence has left over from the slot's last one
 // counts, but free slots give up theirs first: a live one is growing into its own.
 constexpr std::uint64_t kAmpleOneIn = 2;
