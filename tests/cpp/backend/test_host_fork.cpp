@@ -116,8 +116,10 @@ BOOST_AUTO_TEST_CASE(what_was_freed_is_not_sealed) {
 }
 
 BOOST_AUTO_TEST_CASE(forks_while_other_threads_are_inside_calls) {
-  if (kThreadSanitizer) {
-    BOOST_TEST_MESSAGE("skipped: ThreadSanitizer does not follow forks of threaded processes");
+  // A child allocates, and AddressSanitizer's allocator leaves a lock that another thread held
+  // locked there (GCC 12; https://github.com/llvm/llvm-project/pull/75290). glibc's does not.
+  if (kThreadSanitizer || kAddressSanitizer) {
+    BOOST_TEST_MESSAGE("skipped: sanitizers do not follow forks of threaded processes");
     return;
   }
   auto b = make();
