@@ -59,9 +59,9 @@ class KVCache:
     keep
         The most memory that stays mapped without holding a token: what free slots keep for their
         next sequence, and live ones after a truncate. ``"auto"``: everything while half of the pool
-        is unused, then 0.1% of what is mapped, or two pages a lane. While it is everything, the
-        pool's background maps ahead in strides of an eighth of a sequence, as far as frames are
-        that large.
+        is unused, then 0.1% of what is mapped, or two pages a lane. While it is everything,
+        sequences also grow in strides of an eighth of themselves, or of the prompt that was
+        announced, as far as frames are that large.
 
     Raises
     ------

@@ -183,11 +183,8 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   void note_grown(std::span<SequenceState* const> states);  // once the lengths are what they are
   bool try_grow(std::span<SequenceState* const> states, Tokens n, Stream stream, Effort effort);
   void plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream stream, Effort effort);
-  // The end of the stride in which a lane's pages for `until` tokens are: of one in so many of its
-  // pages, or a little more.
-  static constexpr std::uint32_t kStrideOneIn = 256;
-  Pages stride_end(const SequenceState& state, std::size_t lane, Tokens until,
-                   std::uint32_t one_in) const;
+  // The end of the stride in which a lane's pages for `until` tokens are.
+  Pages stride_end(const SequenceState& state, std::size_t lane, Tokens until) const;
   // The mapper's (mapper.cpp).
   struct Growing {
     std::shared_ptr<SequenceState> state;

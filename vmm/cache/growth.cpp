@@ -6,6 +6,7 @@
 #include "cache/cache.hpp"
 #include "cache/sequence.hpp"
 #include "core/errors.hpp"
+#include "core/sizes.hpp"
 
 namespace kvspan {
 
@@ -13,6 +14,11 @@ namespace {
 
 // More at once is a prompt: too many pages that are kept no longer to leave them to be noticed.
 constexpr Tokens kFewTokens{16};
+
+// Strides are of one in so many of a sequence's pages, or a little more: what the last one leaves
+// over is waste, and a driver takes a frame of any size for one. While memory is ample, it is as
+// good there as in what free slots keep.
+constexpr std::uint32_t kStrideOneIn = 256, kAmpleStrideOneIn = 8;
 
 }  // namespace
 
@@ -116,9 +122,8 @@ void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream
   for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
     const Span& span = space_->span(state.slot, lane);
     const PageRange range{space_->page_of(lane, length),
-                          effort == Effort::all
-                              ? space_->pages_with_overread(lane, length + n)
-                              : stride_end(state, lane, length + n, kStrideOneIn)};
+                          effort == Effort::all ? space_->pages_with_overread(lane, length + n)
+                                                : stride_end(state, lane, length + n)};
     space_->back(edit, state.slot, lane, range);
     bool is_in_the_way = false;
     for (Pages page = range.first; page < range.last; ++page) {
@@ -137,23 +142,30 @@ void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream
   }
 }
 
-Pages Cache::stride_end(const SequenceState& state, std::size_t lane, Tokens until,
-                        std::uint32_t one_in) const {
+Pages Cache::stride_end(const SequenceState& state, std::size_t lane, Tokens until) const {
   const Pages end = space_->span(state.slot, lane).end();
   const Pages needed = space_->pages_with_overread(lane, until);
   if (needed <= end) return needed;
   const std::uint32_t largest = pages_of(store_->largest_class()).value;
-  const auto strides_of = [&](std::uint32_t stride, Tokens limit) {
+  const Tokens longest = space_->options().max_seq_len;
+  // To the next multiple of `stride` pages, counted from `origin`.
+  const auto strides_of = [&](std::uint32_t stride, Pages origin, Tokens limit) {
     stride = std::min(stride, largest);
-    return std::min(Pages((needed.value + stride - 1) / stride * stride),
-                    space_->pages_with_overread(lane, limit));
+    const auto n = static_cast<std::uint32_t>(div_up((needed - origin).value, stride));
+    return std::min(origin + Pages(n * stride), space_->pages_with_overread(lane, limit));
   };
-  const std::uint32_t stride_for_length = std::bit_floor(needed.value / one_in);
   const Tokens announced(state.announced.load(std::memory_order_relaxed));
+  if (is_memory_ample()) {
+    // Counted from where the pages end, each stride is one frame.
+    const Tokens expected = std::clamp(announced, until, longest);
+    const Pages pages = space_->pages_with_overread(lane, expected);
+    return strides_of(std::bit_floor(std::max(pages.value / kAmpleStrideOneIn, 1u)), end, longest);
+  }
+  const std::uint32_t stride_for_length = std::bit_floor(needed.value / kStrideOneIn);
   if (until < announced) {
     // Whole large frames: what this piece of the prompt leaves of them is for the next one.
     const std::uint32_t piece = std::max((needed - end).value, 4u);
-    return strides_of(std::max(stride_for_length, std::bit_floor(piece) / 4), announced);
+    return strides_of(std::max(stride_for_length, std::bit_floor(piece) / 4), Pages(0), announced);
   }
   // A longer sequence grows in longer strides, each one frame: a call costs per frame, whatever its
   // size. Half a stride is unused on average: 1% of 48 pages, and 0.2% at most from 256 on. What
@@ -162,7 +174,7 @@ Pages Cache::stride_end(const SequenceState& state, std::size_t lane, Tokens unt
   constexpr std::uint32_t kTwoFrom = 48;
   const std::uint32_t mean = mean_pages_.load(std::memory_order_relaxed);
   const std::uint32_t least = std::max(needed.value, mean) < kTwoFrom ? 1u : 2u;
-  return strides_of(std::max(stride_for_length, least), space_->options().max_seq_len);
+  return strides_of(std::max(stride_for_length, least), Pages(0), longest);
 }
 
 void Cache::commit(Edit& edit) {

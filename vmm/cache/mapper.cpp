@@ -32,10 +32,6 @@ constexpr auto kLeadPerFrame = 100us;
 constexpr std::int32_t kClose = Pace::kAnyPace.value;
 constexpr std::size_t kFramesPerPiece = 4;
 
-// How long strides are while memory is ample: what they leave over is as good then as what free
-// slots keep, and a driver takes a stride of any length for one frame.
-constexpr std::uint32_t kAmpleStrideOneIn = 8;
-
 // Between two attempts to find memory.
 constexpr TimePoint::duration kFirstBackoff = 1ms, kLongestBackoff = 64ms;
 
@@ -121,11 +117,9 @@ bool Cache::map_next(const Growing& growing, TimePoint now) noexcept {
   try {
     const Stream stream = store_->backend().own_stream();
     Edit edit(*store_, space_->account(), stream, Effort::kept);
-    const std::uint32_t one_in = is_memory_ample() ? kAmpleStrideOneIn : kStrideOneIn;
     for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
       const Span& span = space_->span(state.slot, lane);
-      const PageRange range{space_->page_of(lane, capacity),
-                            stride_end(state, lane, until, one_in)};
+      const PageRange range{space_->page_of(lane, capacity), stride_end(state, lane, until)};
       for (Pages page = range.first; page < range.last; ++page) {
         // That would have to be unmapped first, which has to wait for work on the device.
         if (space_->is_in_the_way(span, page)) return false;

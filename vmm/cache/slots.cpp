@@ -16,6 +16,10 @@ constexpr std::uint64_t kAmpleOneIn = 2;
 constexpr std::int64_t kKeepOneIn = 1000;
 constexpr std::uint32_t kKeepPagesPerLane = 2;
 
+// While memory is ample, a slot should also hold what a sequence will grow by: one in so many of
+// the tokens that are expected at first.
+constexpr std::int32_t kGrowthOneIn = 16;
+
 // Of many slots that would do, so many are asked whether their work is done, and so many live ones
 // how much of their surplus they have grown into meanwhile: a call's time does not depend on the
 // number of slots.
@@ -31,13 +35,12 @@ void Cache::check_open() const {
 SlotId Cache::best_free_slot(Tokens expected) const {
   // A good fit: the least that holds what is expected, else the most there is; settled slots first,
   // for the others have to be waited for.
-  const Pages wanted = [&] {
-    Pages pages{};
-    for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
-      pages += space_->pages_for(lane, std::min(expected, space_->options().max_seq_len));
-    }
-    return pages;
-  }();
+  if (is_memory_ample()) expected += Tokens(expected.value / kGrowthOneIn);
+  expected = std::min(expected, space_->options().max_seq_len);
+  Pages wanted{};
+  for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
+    wanted += space_->pages_for(lane, expected);
+  }
   std::optional<SlotId> best, first;
   int n_looks = 0;
   const auto look = [&](SlotId id) {

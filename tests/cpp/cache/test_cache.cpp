@@ -117,6 +117,19 @@ BOOST_AUTO_TEST_CASE(the_slot_whose_pages_fit_best_is_taken) {
   BOOST_TEST(figures_add_up(rig));
 }
 
+// A slot that a prompt fills to the end would be mapped further at once.
+BOOST_AUTO_TEST_CASE(while_memory_is_ample_a_slot_has_room_to_grow) {
+  for (const bool is_ample : {true, false}) {
+    Rig rig({.n_pages = 256, .keep = is_ample ? std::nullopt : std::optional(kGiB)});
+    const auto tight = rig.grown(1, 512);  // 40 pages
+    const auto roomy = rig.grown(2, 550);
+    const SlotId slots[] = {tight->slot(), roomy->slot()};
+    for (const auto& s : {tight, roomy}) s->release({});
+    BOOST_TEST((rig.cache->sequence(Tokens(512))->slot() == slots[is_ample ? 1 : 0]));
+    BOOST_TEST((rig.cache->sequence(Tokens(470))->slot() == slots[0]));
+  }
+}
+
 BOOST_AUTO_TEST_CASE(no_more_is_kept_than_allowed) {
   for (const std::uint32_t n_pages : {0u, 4u, 9u}) {
     Rig rig({.layers_per_page = 1, .keep = kTestPage * n_pages});

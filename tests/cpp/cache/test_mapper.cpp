@@ -1,6 +1,7 @@
 // Pages are mapped before they are needed: decoding that the background keeps up with calls no
 // driver, and nothing goes wrong when the two meet.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <boost/test/unit_test.hpp>
 #include <thread>
@@ -115,7 +116,7 @@ BOOST_AUTO_TEST_CASE(pieces_of_an_announced_prompt_take_large_frames) {
   };
   for (const auto& [announced, n_pages, n_frames] :
        {Prompt{0, 41, 4}, Prompt{1200, 47, 6}, Prompt{4500, 48, 3}}) {
-    Rig rig({.n_pages = 200, .largest_class = 4, .max_seq_len = 5000});
+    Rig rig({.n_pages = 200, .largest_class = 4, .keep = kTestPage, .max_seq_len = 5000});
     const auto a = rig.cache->sequence(Tokens(announced));
     a->extend(Tokens(1040), {});  // 40.6 pages
     BOOST_TEST((rig.cache->figures().mapped == kTestPage * n_pages));
@@ -245,6 +246,26 @@ BOOST_AUTO_TEST_CASE(strides_are_an_eighth_while_memory_is_ample) {
   BOOST_TEST(pages_ahead_of(256, {}) == 8u);
   BOOST_TEST(pages_ahead_of(256, kTestPage) == 2u);
   BOOST_TEST(pages_ahead_of(100, {}) == 2u);
+}
+
+// Of what was announced, if that is more; and from where the pages end, so that each is one frame.
+BOOST_AUTO_TEST_CASE(strides_are_one_frame_each_while_memory_is_ample) {
+  struct Grown {
+    std::int64_t announced;
+    std::array<std::uint64_t, 2> n_pages, n_frames;
+  };
+  for (const auto& [announced, n_pages, n_frames] :
+       {Grown{0, {44, 68}, {4, 2}}, Grown{2400, {48, 72}, {3, 2}}, Grown{4500, {48, 80}, {3, 2}}}) {
+    Rig rig({.n_pages = 256, .largest_class = 4, .max_seq_len = 5000});
+    const auto a = rig.cache->sequence(Tokens(announced));
+    for (const int i : {0, 1}) {
+      const std::uint64_t before = rig.backend->calls().of(Call::map).handles;
+      a->extend(Tokens(i == 0 ? 1040 : 600), {});  // 40.6 and 64.1 pages
+      BOOST_TEST((rig.cache->figures().mapped == kTestPage * n_pages[i]));
+      BOOST_TEST(rig.backend->calls().of(Call::map).handles - before == n_frames[i]);
+    }
+    BOOST_TEST(figures_add_up(rig));
+  }
 }
 
 // A call that comes too late takes a whole stride from what free slots keep: if it took a page, the
