@@ -107,7 +107,7 @@ cmake -S . -B $(1) -G Ninja --log-level=WARNING -DKVSPAN_PYTHON=OFF -DKVSPAN_TES
   -DKVSPAN_CUDA_INCLUDE="$(abspath $(CUDA_INCLUDE))" $(2)
 cmake --build $(1)
 endef
-CTEST := ctest --output-on-failure --no-tests=error
+CTEST := ctest --output-on-failure --no-tests=error --parallel $(shell nproc)
 
 test: test-cpp test-python test-emulator
 

@@ -34,8 +34,8 @@ char& byte(Address at) { return *reinterpret_cast<char*>(at.value); }
 BOOST_AUTO_TEST_SUITE(host_limits)
 
 BOOST_AUTO_TEST_CASE(too_many_mappings) {
-  if (kThreadSanitizer) {
-    BOOST_TEST_MESSAGE("skipped: ThreadSanitizer itself maps memory and ends when it cannot");
+  if (kAddressSanitizer || kThreadSanitizer) {
+    BOOST_TEST_MESSAGE("skipped: the sanitizer itself maps memory and ends when it cannot");
     return;
   }
   const auto limit = read_number("/proc/sys/vm/max_map_count");
