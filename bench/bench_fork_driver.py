@@ -1,9 +1,10 @@
 """What does a fork ask of a GPU's driver, beside copying the same keys and values?
 
 A sequence of Llama-3-8B on the driver emulator: handles by call, and the virtual time of the calls.
-The sequence came as one prompt, whose frames are large, or grew a token at a time, a page after the
-other. A copy needs as many pages, new ones or those of a slot that was released, and then reads and
-writes everything at the memory's published bandwidth. Not a GPU result.
+The sequence came as one prompt, whose frames are large, or was decoded token by token: in strides
+of an eighth of itself while memory is ample, in short ones where it is in demand. A copy needs as
+many pages, new ones or those of a slot that was released, and then reads and writes everything at
+the memory's published bandwidth. Not a GPU result.
 
 On a card a copy can be faster than a fork. What a fork saves there is memory.
 """
@@ -44,18 +45,30 @@ def run(args: argparse.Namespace) -> Result:
         listed = ", ".join(f"{name} {n}" for name, n in handles.items() if n) or "none"
         result.notes.append(f"{what}: {us:.0f} us, {new_bytes >> 20} MiB more; handles: {listed}")
 
-    for grown in (False, True):
-        name = "grown by tokens" if grown else "one prompt"
+    for name, is_prompt, keep in (
+        ("one prompt", True, "auto"),
+        ("decoded", False, "auto"),
+        ("decoded, memory in demand", False, 2 << 20),
+    ):
         emulator.restart("64GiB")
         pool = kvspan.Pool(device="cuda:0", capacity="32GiB", background=False)
         cache = kvspan.KVCache(
-            pool, LAYERS, HEADS, DIM, torch.bfloat16, max_seqs=4, max_seq_len=args.tokens + 1024
+            pool,
+            LAYERS,
+            HEADS,
+            DIM,
+            torch.bfloat16,
+            max_seqs=4,
+            max_seq_len=args.tokens + 1024,
+            keep=keep,
         )
 
-        parent = cache.sequence(args.tokens)
-        for n in [1] * args.tokens if grown else [args.tokens]:
+        parent = cache.sequence(args.tokens if is_prompt else 0)
+        for n in [args.tokens] if is_prompt else [1] * args.tokens:
             parent.extend(n)
         for what in ("copy, new frames", "copy, mapped already", "fork"):
+            if what == "copy, mapped already" and keep != "auto":
+                continue  # nothing stays mapped then
             emulator.compute(1e6)  # what was queued is done
             handles, us = emulator.handles(), emulator.call_us()
             in_use = pool.stats().in_use_bytes

@@ -60,8 +60,8 @@ class KVCache:
         The most memory that stays mapped without holding a token: what free slots keep for their
         next sequence, and live ones after a truncate. ``"auto"``: everything while half of the pool
         is unused, then 0.1% of what is mapped, or two pages a lane. While it is everything,
-        sequences also grow in strides of an eighth of themselves, or of the prompt that was
-        announced, as far as frames are that large.
+        sequences that were not forked also grow in strides of an eighth of themselves, or of the
+        prompt that was announced, as far as frames are that large.
 
     Raises
     ------
@@ -188,7 +188,7 @@ class KVCache:
         n_tokens
             How long its prompt is: the free slot whose pages fit best is taken, and the background
             maps the missing ones piece by piece, before `Sequence.extend` asks for them. Only a
-            hint; 0 when it is not known.
+            hint; 0 when it is not known, or when `token_ids` tells it.
         token_ids
             The prompt: ints, or an integer tensor. The sequence begins with the longest part of it
             that sequences of the same salt have committed (`Sequence.commit`), to the token: whole

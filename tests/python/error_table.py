@@ -171,6 +171,7 @@ CACHES: list[Case] = [
 SEQUENCES: list[Case] = [
     ("cache.sequence()", CapacityError, NO_SLOT),
     ("other.sequence(-1)", InvalidArgument, "expected number of tokens must be 0 or more, not -1"),
+    ("other.sequence(-1, token_ids=[1, 2])", InvalidArgument, "must be 0 or more, not -1"),
     ("other.sequence('3')", InvalidArgument, "n_tokens must be an integer, not '3'"),
     ("a.extend(0)", InvalidArgument, "extend takes 1 token or more, not 0"),
     ("a.extend(-1)", InvalidArgument, "extend takes 1 token or more, not -1"),

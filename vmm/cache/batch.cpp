@@ -210,7 +210,7 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
     }
     for (std::size_t i = 0; i < rows.size(); ++i) {
       SequenceState& state = *selected_states[i];
-      const SequenceState& source = *states_[static_cast<std::size_t>(rows[i])];
+      SequenceState& source = *states_[static_cast<std::size_t>(rows[i])];
       state.slot = slot_of(i);
       state.stream = stream;
       state.length.store(source.length.load(std::memory_order_relaxed), std::memory_order_relaxed);
@@ -218,7 +218,10 @@ void Batch::select(std::span<const std::int32_t> rows, Stream stream) {
                           std::memory_order_relaxed);
       state.dropped_pages.store(source.dropped_pages.load(std::memory_order_relaxed),
                                 std::memory_order_relaxed);
-      if (&state != &source) state.salt = source.salt;
+      if (&state != &source) {
+        state.salt = source.salt;
+        state.is_branch = source.is_branch = true;
+      }
       cache.slot(state.slot).live = selected[i]->state();
       // From here on close() waits for it; one that is under way does not know it.
       const bool is_new = first_use[static_cast<std::size_t>(rows[i])] != i;
@@ -279,7 +282,7 @@ std::shared_ptr<Batch> Batch::fork(Stream stream) {
     }
     const std::scoped_lock lock(cache.mutex_);
     for (std::size_t row = 0; row < states_.size(); ++row) {
-      const SequenceState& source = *states_[row];
+      SequenceState& source = *states_[row];
       cache.begin_as(*child->states_[row], source, source.tokens(), stream);
     }
   }

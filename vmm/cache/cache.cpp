@@ -84,20 +84,28 @@ void Cache::check_usable() const {
   }
 }
 
-std::shared_ptr<Sequence> Cache::sequence(Tokens expected, Stream stream) {
-  check_usable();
+void Cache::check_expected(Tokens expected) {
   if (expected < Tokens(0)) {
     throw InvalidArgument("the expected number of tokens must be 0 or more, not " +
                           std::to_string(expected.value));
   }
+}
+
+void Cache::announce(SequenceState& state, Tokens expected) const noexcept {
+  const Tokens longest = space_->options().max_seq_len;
+  state.announced.store(static_cast<std::int32_t>(std::min(expected, longest).value),
+                        std::memory_order_relaxed);
+}
+
+std::shared_ptr<Sequence> Cache::sequence(Tokens expected, Stream stream) {
+  check_usable();
+  check_expected(expected);
   std::shared_ptr<SequenceState> state;
   {
     const std::scoped_lock lock(mutex_);
     check_open();
-    const Tokens longest = space_->options().max_seq_len;
     state = occupy(best_free_slot(expected));
-    state->announced.store(static_cast<std::int32_t>(std::min(expected, longest).value),
-                           std::memory_order_relaxed);
+    announce(*state, expected);
   }
   prepare(*state, stream);
   store_->background().wake();

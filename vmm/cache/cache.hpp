@@ -84,7 +84,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   // What is queued on `stream` comes after the work that may still use that slot.
   std::shared_ptr<Sequence> sequence(Tokens expected, Stream stream = {});
   // One that begins with as many of `tokens` as the prefix index knows under this salt, but for the
-  // last: its length says how many.
+  // last: its length says how many. All of them are expected, at least.
   std::shared_ptr<Sequence> sequence(std::span<const std::int32_t> tokens, std::string salt,
                                      Tokens expected, Stream stream = {});
   // Sequence i becomes what sequence parents[i] was: its pages, moved or shared as by a fork.
@@ -134,6 +134,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   Cache(std::shared_ptr<FrameStore> store, const CacheOptions& options);
 
   void check_usable() const;
+  static void check_expected(Tokens expected);
 
   // The table of slots (slots.cpp). All under mutex_, unless they say otherwise.
   void check_open() const;
@@ -144,6 +145,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   SlotId adjacent_free_slots(std::int32_t n) const;
   [[noreturn]] void throw_no_slot(std::int32_t n) const;
   std::shared_ptr<SequenceState> occupy(SlotId id);
+  void announce(SequenceState& state, Tokens expected) const noexcept;
   void prepare(SequenceState& state, Stream stream);        // not under mutex_
   void vacate(SequenceState& state, Fence fence) noexcept;  // takes mutex_
   bool is_settled(SlotId id) const;
@@ -203,7 +205,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   // `from_after`: the slot in which the pages of `from` are once the edit is done.
   void plan_copy(Edit& edit, SlotId from, SlotId from_after, SlotId to, Tokens length);
   void plan_move(Edit& edit, std::optional<SlotId> from, SlotId to);
-  void begin_as(SequenceState& state, const SequenceState& parent, Tokens length, Stream stream);
+  void begin_as(SequenceState& state, SequenceState& parent, Tokens length, Stream stream);
   void leave(SequenceState& state) noexcept;  // one that did not get what it was to begin with
 
   // The prefix index (prefix.cpp).

@@ -61,8 +61,8 @@ void Cache::leave(SequenceState& state) noexcept {
   state.table.unlock();
 }
 
-void Cache::begin_as(SequenceState& state, const SequenceState& parent, Tokens length,
-                     Stream stream) {
+void Cache::begin_as(SequenceState& state, SequenceState& parent, Tokens length, Stream stream) {
+  state.is_branch = parent.is_branch = true;
   update_mapped(state.slot);
   state.dropped.store(parent.dropped.load(std::memory_order_relaxed), std::memory_order_relaxed);
   state.dropped_pages.store(parent.dropped_pages.load(std::memory_order_relaxed),
@@ -163,6 +163,7 @@ void Cache::reorder(std::span<const std::shared_ptr<Sequence>> sequences,
     } else {
       plan_copy(edit, states[parent]->slot, states[*heir[parent]]->slot, states[i]->slot,
                 states[parent]->tokens());
+      states[i]->is_branch = states[*heir[parent]]->is_branch = true;
     }
   }
   try {

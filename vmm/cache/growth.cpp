@@ -15,8 +15,8 @@ namespace {
 // More at once is a prompt: too many pages that are kept no longer to leave them to be noticed.
 constexpr Tokens kFewTokens{16};
 
-// Strides are of one in so many of a sequence's pages, or a little more: what the last one leaves
-// over is waste, and a driver takes a frame of any size for one. While memory is ample, it is as
+// Strides are of one in so many of a sequence's pages, or a little more: a driver takes a frame of
+// any size for one, but what the last one leaves over is waste. While memory is ample, it is as
 // good there as in what free slots keep.
 constexpr std::uint32_t kStrideOneIn = 256, kAmpleStrideOneIn = 8;
 
@@ -155,11 +155,13 @@ Pages Cache::stride_end(const SequenceState& state, std::size_t lane, Tokens unt
     return std::min(origin + Pages(n * stride), space_->pages_with_overread(lane, limit));
   };
   const Tokens announced(state.announced.load(std::memory_order_relaxed));
-  if (is_memory_ample()) {
-    // Counted from where the pages end, each stride is one frame.
-    const Tokens expected = std::clamp(announced, until, longest);
-    const Pages pages = space_->pages_with_overread(lane, expected);
-    return strides_of(std::bit_floor(std::max(pages.value / kAmpleStrideOneIn, 1u)), end, longest);
+  if (is_memory_ample() && !state.is_branch) {
+    const bool is_unannounced_prompt = until - std::max(state.tokens(), announced) > kFewTokens;
+    if (is_unannounced_prompt) return needed;
+    const Pages expected = space_->pages_with_overread(lane, std::max(until, announced));
+    const std::uint32_t stride = std::bit_floor(expected.value / kAmpleStrideOneIn);
+    // Counted from where the pages end, each is one frame.
+    return strides_of(std::max(stride, 1u), end, longest);
   }
   const std::uint32_t stride_for_length = std::bit_floor(needed.value / kStrideOneIn);
   if (until < announced) {

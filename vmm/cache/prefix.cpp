@@ -69,8 +69,11 @@ std::vector<Tokens> chunk_ends(const Space& space, std::size_t n_tokens) {
 std::shared_ptr<Sequence> Cache::sequence(std::span<const std::int32_t> tokens, std::string salt,
                                           Tokens expected, Stream stream) {
   const std::shared_ptr<Space> space = this->space();  // another thread may close the cache
+  check_expected(expected);
+  const auto n_tokens = static_cast<std::int64_t>(tokens.size());
+  expected = std::max(expected, Tokens(n_tokens));
   // The last token is always computed: what follows it is what the caller is after.
-  const Tokens most(std::max<std::int64_t>(static_cast<std::int64_t>(tokens.size()) - 1, 0));
+  const Tokens most(std::max<std::int64_t>(n_tokens - 1, 0));
   PrefixIndex::Found found = prefixes_.find(salt, tokens, chunk_ends(*space, tokens.size()), most);
   Tokens length = found.tokens;
   for (std::size_t lane = 0; lane < found.pages.size(); ++lane) {
@@ -111,12 +114,14 @@ std::shared_ptr<Sequence> Cache::sequence(std::span<const std::int32_t> tokens, 
     const std::scoped_lock lock(mutex_);
     update_mapped(state->slot);
     state->length.store(static_cast<std::int32_t>(length.value), std::memory_order_relaxed);
+    announce(*state, expected);
     state->stream = stream;
     state->salt = std::move(salt);
     update_capacity(*state);
   }
   state->table.unlock();
   state->unclaim();
+  store_->background().wake();
   prefixes_.count(length);
   return std::make_shared<Sequence>(shared_from_this(), std::move(state));
 }

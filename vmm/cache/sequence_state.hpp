@@ -46,8 +46,9 @@ enum class Claim : std::uint8_t {
 
 struct alignas(64) SequenceState {
   std::atomic<Claim> claim{Claim::idle};
-  TableLock table;  // guards the spans of the slot
-  SlotId slot;      // changes only under a claim, the table's lock and the cache's mutex
+  TableLock table;         // guards the spans of the slot, and
+  bool is_branch = false;  // whether it was forked or is a fork: others may follow
+  SlotId slot;             // changes only under a claim, the table's lock and the cache's mutex
   // Written under a claim, read by anybody (relaxed: they publish nothing but themselves).
   std::atomic<std::int32_t> length{0};
   // Up to here tokens fit without any work. Written under the table's lock, with release: who reads

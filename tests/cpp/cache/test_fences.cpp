@@ -120,6 +120,7 @@ BOOST_AUTO_TEST_CASE(what_a_stride_has_left_over_stays_until_it_is_zeroed) {
   Rig rig({.n_pages = 70,
            .largest_class = 1,
            .max_seqs = 71,
+           .keep = kTestPage,
            .scrub = Scrub::reuse,
            .max_seq_len = 5000});
   {

@@ -249,22 +249,81 @@ BOOST_AUTO_TEST_CASE(strides_are_an_eighth_while_memory_is_ample) {
 }
 
 // Of what was announced, if that is more; and from where the pages end, so that each is one frame.
+// Whether a prompt goes on that was not announced nobody knows.
 BOOST_AUTO_TEST_CASE(strides_are_one_frame_each_while_memory_is_ample) {
   struct Grown {
     std::int64_t announced;
+    std::array<std::int64_t, 2> n_tokens;
     std::array<std::uint64_t, 2> n_pages, n_frames;
   };
-  for (const auto& [announced, n_pages, n_frames] :
-       {Grown{0, {44, 68}, {4, 2}}, Grown{2400, {48, 72}, {3, 2}}, Grown{4500, {48, 80}, {3, 2}}}) {
+  for (const auto& [announced, n_tokens, n_pages, n_frames] :
+       {Grown{4500, {1040, 600}, {48, 80}, {3, 2}}, Grown{2400, {1040, 600}, {48, 72}, {3, 2}},
+        Grown{1120, {1120, 10}, {44, 48}, {4, 1}}, Grown{0, {1040, 600}, {41, 65}, {4, 2}}}) {
     Rig rig({.n_pages = 256, .largest_class = 4, .max_seq_len = 5000});
     const auto a = rig.cache->sequence(Tokens(announced));
-    for (const int i : {0, 1}) {
+    for (const std::size_t i : {0u, 1u}) {  // 40.6 pages and 64.1, or 43.8 and 44.1
       const std::uint64_t before = rig.backend->calls().of(Call::map).handles;
-      a->extend(Tokens(i == 0 ? 1040 : 600), {});  // 40.6 and 64.1 pages
+      a->extend(Tokens(n_tokens[i]), {});
       BOOST_TEST((rig.cache->figures().mapped == kTestPage * n_pages[i]));
       BOOST_TEST(rig.backend->calls().of(Call::map).handles - before == n_frames[i]);
     }
     BOOST_TEST(figures_add_up(rig));
+  }
+}
+
+// A fork copies the frame that it goes on in, so those of sequences that were forked are small.
+BOOST_AUTO_TEST_CASE(branches_take_no_long_strides) {
+  const auto room_of = [](const std::shared_ptr<Sequence>& a) {
+    a->extend(Tokens(10), {});  // to 41.0 pages
+    return a->state()->capacity - 1050;
+  };
+  const auto with_rows = [&](auto branch) {
+    Rig rig({.n_pages = 512, .largest_class = 4, .max_seqs = 4, .max_seq_len = 5000});
+    const auto batch = rig.cache->adjacent_batch(2);
+    const auto rows = batch->rows();
+    for (const auto& row : rows) row->extend(Tokens(1040), {});
+    const auto grown = branch(*rig.cache, *batch, rows);
+    std::vector<int> rooms;
+    for (const auto& sequence : grown) rooms.push_back(room_of(sequence));
+    BOOST_TEST(figures_add_up(rig));
+    return rooms;
+  };
+  using Rows = std::vector<std::shared_ptr<Sequence>>;
+  const std::vector<int> none = with_rows([](Cache&, Batch&, const Rows& rows) { return rows; });
+  const std::vector<int> forked = with_rows([](Cache&, Batch&, const Rows& rows) {
+    return Rows{rows[0], rows[0]->fork(1, {}, {}).front(), rows[1]};
+  });
+  const std::vector<int> reordered = with_rows([](Cache& cache, Batch&, const Rows& rows) {
+    cache.reorder(rows, std::array{0, 0});
+    return rows;
+  });
+  const std::vector<int> selected = with_rows([](Cache&, Batch& batch, const Rows&) {
+    batch.select(std::array{1, 1}, {});
+    return batch.rows();
+  });
+  const std::vector<int> twins = with_rows([](Cache&, Batch& batch, const Rows& rows) {
+    const auto child = batch.fork({});
+    return Rows{rows[0], child->rows()[0]};
+  });
+  const int is_short = 42 * 256 / 10 - 1050, is_long = 45 * 256 / 10 - 1050;
+  BOOST_TEST((none == std::vector{is_long, is_long}));
+  BOOST_TEST((forked == std::vector{is_short, is_short, is_long}));
+  BOOST_TEST((reordered == std::vector{is_short, is_short}));
+  BOOST_TEST((selected == std::vector{is_short, is_short}));
+  BOOST_TEST((twins == std::vector{is_short, is_short}));
+}
+
+// Of a prompt whose beginning the prefix index knows, the rest is to come.
+BOOST_AUTO_TEST_CASE(what_a_prefix_leaves_of_a_prompt_is_announced) {
+  Rig rig({.n_pages = 200, .max_seq_len = 5000});
+  const std::vector<std::int32_t> prompt = token_ids(1, 2000);
+  rig.grown(1, 500)->publish(std::span(prompt).first(500), false, {});
+  for (const std::int64_t expected : {0, 3000}) {
+    const auto a = rig.cache->sequence(prompt, "", Tokens(expected));
+    BOOST_TEST(a->length().value > 400);
+    rig.store->background().turn();
+    BOOST_TEST(a->state()->capacity >= (expected == 0 ? 2000 : 2400));
+    BOOST_TEST(rig.holds(*a, 1, 0, a->length().value));
   }
 }
 
