@@ -47,7 +47,7 @@ enum class Claim : std::uint8_t {
 struct alignas(64) SequenceState {
   std::atomic<Claim> claim{Claim::idle};
   TableLock table;         // guards the spans of the slot, and
-  bool is_branch = false;  // whether it was forked or is a fork: others may follow
+  bool is_branch = false;  // whether it was forked, or is a fork: likely to be forked (again)
   SlotId slot;             // changes only under a claim, the table's lock and the cache's mutex
   // Written under a claim, read by anybody (relaxed: they publish nothing but themselves).
   std::atomic<std::int32_t> length{0};

@@ -35,7 +35,8 @@ void Cache::check_open() const {
 SlotId Cache::best_free_slot(Tokens expected) const {
   // A good fit: the least that holds what is expected, else the most there is; settled slots first,
   // for the others have to be waited for.
-  if (is_memory_ample()) expected += Tokens(expected.value / kGrowthOneIn);
+  const Tokens growth(expected.value / kGrowthOneIn);
+  if (growth > Tokens(0) && is_memory_ample()) expected += growth;
   expected = std::min(expected, space_->options().max_seq_len);
   Pages wanted{};
   for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
