@@ -155,7 +155,7 @@ Pages Cache::stride_end(const SequenceState& state, std::size_t lane, Tokens unt
     return std::min(origin + Pages(n * stride), space_->pages_with_overread(lane, limit));
   };
   const Tokens announced(state.announced.load(std::memory_order_relaxed));
-  if (is_memory_ample() && !state.is_branch) {
+  if (!state.is_branch && is_memory_ample()) {
     const bool is_unannounced_prompt = until - std::max(state.tokens(), announced) > kFewTokens;
     if (is_unannounced_prompt) return needed;
     const Pages expected = space_->pages_with_overread(lane, std::max(until, announced));
