@@ -186,7 +186,7 @@ class Cache final : public Reclaimer, public Worker, public std::enable_shared_f
   bool try_grow(std::span<SequenceState* const> states, Tokens n, Stream stream, Effort effort);
   void plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream stream, Effort effort);
   // The end of the stride in which a lane's pages for `until` tokens are.
-  Pages stride_end(const SequenceState& state, std::size_t lane, Tokens until) const;
+  Pages stride_end(const SequenceState& state, std::size_t lane, Tokens until, bool is_ample) const;
   // The mapper's (mapper.cpp).
   struct Growing {
     std::shared_ptr<SequenceState> state;

@@ -118,12 +118,13 @@ bool Cache::try_grow(std::span<SequenceState* const> states, Tokens n, Stream st
 void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream stream,
                         Effort effort) {
   const Tokens length = state.tokens();
+  const bool is_ample = effort != Effort::all && is_memory_ample();
   bool has_waited = false;
   for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
     const Span& span = space_->span(state.slot, lane);
     const PageRange range{space_->page_of(lane, length),
                           effort == Effort::all ? space_->pages_with_overread(lane, length + n)
-                                                : stride_end(state, lane, length + n)};
+                                                : stride_end(state, lane, length + n, is_ample)};
     space_->back(edit, state.slot, lane, range);
     bool is_in_the_way = false;
     for (Pages page = range.first; page < range.last; ++page) {
@@ -142,7 +143,8 @@ void Cache::plan_growth(Edit& edit, const SequenceState& state, Tokens n, Stream
   }
 }
 
-Pages Cache::stride_end(const SequenceState& state, std::size_t lane, Tokens until) const {
+Pages Cache::stride_end(const SequenceState& state, std::size_t lane, Tokens until,
+                        bool is_ample) const {
   const Pages end = space_->span(state.slot, lane).end();
   const Pages needed = space_->pages_with_overread(lane, until);
   if (needed <= end) return needed;
@@ -155,7 +157,7 @@ Pages Cache::stride_end(const SequenceState& state, std::size_t lane, Tokens unt
     return std::min(origin + Pages(n * stride), space_->pages_with_overread(lane, limit));
   };
   const Tokens announced(state.announced.load(std::memory_order_relaxed));
-  if (!state.is_branch && is_memory_ample()) {
+  if (is_ample && !state.is_branch) {
     const bool is_unannounced_prompt = until - std::max(state.tokens(), announced) > kFewTokens;
     if (is_unannounced_prompt) return needed;
     const Pages expected = space_->pages_with_overread(lane, std::max(until, announced));

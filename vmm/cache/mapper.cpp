@@ -117,9 +117,11 @@ bool Cache::map_next(const Growing& growing, TimePoint now) noexcept {
   try {
     const Stream stream = store_->backend().own_stream();
     Edit edit(*store_, space_->account(), stream, Effort::kept);
+    const bool is_ample = is_memory_ample();
     for (std::size_t lane = 0; lane < space_->n_lanes(); ++lane) {
       const Span& span = space_->span(state.slot, lane);
-      const PageRange range{space_->page_of(lane, capacity), stride_end(state, lane, until)};
+      const PageRange range{space_->page_of(lane, capacity),
+                            stride_end(state, lane, until, is_ample)};
       for (Pages page = range.first; page < range.last; ++page) {
         // That would have to be unmapped first, which has to wait for work on the device.
         if (space_->is_in_the_way(span, page)) return false;
